@@ -109,6 +109,13 @@ class Source(ABC):
     def files(self) -> Sequence[Path]:
         """The files that hold weights, so that a run can refuse to write over them and detect change."""
 
+    def check_unchanged(self) -> None:
+        """Check that no file of weights was written to since it was opened.
+
+        Raises:
+            InputError: one was; what was read is a mixture of two models.
+        """
+
     def close(self) -> None:
         """Close what is open."""
 

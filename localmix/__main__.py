@@ -1,0 +1,140 @@
+"""Entry point of the command line, and the only error boundary: what a run ends with, and its exit code.
+
+Our own errors and click's usage errors become a sentence and a next step on stderr. With `--json` the same
+is also written to stdout as `{"error": {"message", "hint", "exit_code"}}`, so that a program that asked for
+JSON gets one document in every case. Everything else is a bug: it keeps its traceback and ends with 70.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+from localmix.errors import CapacityError, FileError, Interrupted, LocalmixError, UsageError
+
+BUG = 70
+
+_DISK_FULL = frozenset({errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)})
+_REFUSED = frozenset(
+    {
+        errno.EACCES,
+        errno.EPERM,
+        errno.ENOENT,
+        errno.EROFS,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.EIO,
+    }
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit code; `arguments` are those after the program's name."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without UTF-8 gets '?', not a traceback
+    _stop_politely()
+    try:
+        code = _run(words)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return _report(Interrupted("Stopped."), words)
+    except BrokenPipeError:
+        # The reader of our output left (`| head`): nothing is wrong, and there is nobody to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except LocalmixError as error:
+        return _report(error, words)
+    except OSError as error:
+        told = _file_system_error(error)
+        return _report(told, words) if told else _report_bug()
+    except MemoryError:
+        return _report(CapacityError("There is not enough memory left to go on."), words)
+    except Exception:
+        return _report_bug()
+
+
+def _run(words: list[str]) -> int:
+    import click
+
+    from localmix.cli.main import COMPLETION_VARIABLE, group
+
+    if COMPLETION_VARIABLE in os.environ:
+        group.main(args=words, prog_name="localmix", complete_var=COMPLETION_VARIABLE)
+        return 0
+    try:
+        # Not `group.main`: it turns Ctrl-C and broken pipes into exit code 1 before we see them.
+        with group.make_context("localmix", words) as context:
+            code = group.invoke(context)
+        return code if isinstance(code, int) else 0
+    except click.exceptions.Exit as leave:
+        return leave.exit_code
+    except click.Abort:
+        raise KeyboardInterrupt from None
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "localmix"
+        if isinstance(error, click.exceptions.NoArgsIsHelpError):
+            error.show()
+            return UsageError.exit_code
+        raise UsageError(error.format_message(), f"See `{command} --help`.") from error
+    except click.ClickException as error:
+        raise UsageError(error.format_message()) from error
+
+
+def _file_system_error(error: OSError) -> LocalmixError | None:
+    """The error as a sentence when it is the file system's doing and names the file; else None: a bug."""
+    if error.errno in _DISK_FULL:
+        where = f" for {error.filename}" if error.filename else ""
+        return CapacityError(f"The disk is full: there is no room{where}.", "Free some space and run it again.")
+    if error.errno in _REFUSED and error.filename is not None:
+        name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else str(error.filename)
+        return FileError(f"{name}: {(error.strerror or 'refused').lower()}.")
+    return None
+
+
+def _report(error: LocalmixError, words: Sequence[str]) -> int:
+    from localmix.cli.console import Console
+
+    as_json = "--json" in (words[: words.index("--")] if "--" in words else words)
+    try:
+        Console(as_json).error(error)
+    except BrokenPipeError:
+        pass
+    if {"-v", "--verbose"} & set(words[:1]):
+        import traceback
+
+        traceback.print_exception(error)
+    return error.exit_code
+
+
+def _report_bug() -> int:
+    import traceback
+
+    traceback.print_exc()
+    print("This is a bug in localmix. Please report it with the lines above.", file=sys.stderr)
+    return BUG
+
+
+def _stop_politely() -> None:
+    """SIGTERM and a closed terminal stop a run the way Ctrl-C does, so that it cleans up behind itself."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        # a parent that ignores the signal (nohup) wants it ignored
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, interrupt)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

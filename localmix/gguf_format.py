@@ -1,0 +1,298 @@
+"""The head of a GGUF file: read with every count checked against the bytes that remain, and written exactly.
+
+gguf-py's reader trusts the file: fifty bytes that declare two million array items cost it seconds and gigabytes.
+Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from gguf.constants import GGUFValueType as ValueType
+
+from localmix.errors import InputError
+from localmix.sources.base import MetaValue, TensorInfo
+from localmix.tensor_types import BLOCKS, TensorType, fits, row_bytes
+
+MAGIC = b"GGUF"
+VERSION = 3
+DEFAULT_ALIGNMENT = 32
+MAX_DIMENSIONS = 4  # ggml.h, GGML_MAX_DIMS
+MAX_NAME_BYTES = 63  # ggml.h, GGML_MAX_NAME without its closing zero
+MAX_HEADER_BYTES = 1 << 29  # a vocabulary of a million tokens takes 40 MB
+MAX_ARRAY_ITEMS = 1 << 24
+
+_SCALARS: Mapping[ValueType, str] = {
+    ValueType.UINT8: "B",
+    ValueType.INT8: "b",
+    ValueType.UINT16: "H",
+    ValueType.INT16: "h",
+    ValueType.UINT32: "I",
+    ValueType.INT32: "i",
+    ValueType.UINT64: "Q",
+    ValueType.INT64: "q",
+    ValueType.FLOAT32: "f",
+    ValueType.FLOAT64: "d",
+    ValueType.BOOL: "?",
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor and where its bytes lie, counted from the start of the file."""
+
+    info: TensorInfo
+    offset: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """Everything in a GGUF file before the weights."""
+
+    metadata: dict[str, MetaValue]
+    tensors: tuple[StoredTensor, ...]
+    data_offset: int
+
+
+def padded(size: int, alignment: int = DEFAULT_ALIGNMENT) -> int:
+    """The next multiple of the alignment."""
+    return (size + alignment - 1) // alignment * alignment
+
+
+def tensor_bytes(info: TensorInfo) -> int:
+    """Bytes of a whole tensor in its own type."""
+    return info.rows * row_bytes(info.type, info.columns)
+
+
+# --- writing ---------------------------------------------------------------------------------
+
+
+def _string(text: str) -> bytes:
+    # surrogateescape: a token that is no UTF-8 goes out with the bytes it came in with
+    data = text.encode("utf-8", "surrogateescape")
+    return struct.pack("<Q", len(data)) + data
+
+
+def _payload(kind: ValueType, values: Sequence[Any]) -> bytes:
+    if kind == ValueType.STRING:
+        return b"".join(map(_string, values))
+    return struct.pack(f"<{len(values)}{_SCALARS[kind]}", *values)
+
+
+def encode_value(value: MetaValue) -> bytes:
+    """A metadata value with its type tag, as it stands in the file."""
+    tag = struct.pack("<I", value.type)
+    if value.type != ValueType.ARRAY:
+        return tag + _payload(value.type, [value.value])
+    assert value.item_type is not None
+    return (
+        tag + struct.pack("<IQ", value.item_type, len(value.value)) + _payload(value.item_type, value.value)
+    )
+
+
+def layout(tensors: Iterable[TensorInfo], alignment: int = DEFAULT_ALIGNMENT) -> tuple[list[int], int]:
+    """Offset of each tensor from the start of the data section, and the section's size."""
+    offsets: list[int] = []
+    end = 0
+    for info in tensors:
+        offsets.append(end)
+        end += padded(tensor_bytes(info), alignment)
+    return offsets, end
+
+
+def encode_header(metadata: Mapping[str, MetaValue], tensors: Sequence[TensorInfo]) -> bytes:
+    """The head of a GGUF file that holds these tensors one after the other, padded to its alignment."""
+    parts = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(metadata))]
+    for key, value in metadata.items():
+        parts += [_string(key), encode_value(value)]
+    offsets, _ = layout(tensors)
+    for info, offset in zip(tensors, offsets, strict=True):
+        dimensions = info.shape[::-1]  # ggml counts from the fastest
+        parts.append(_string(info.name))
+        parts.append(
+            struct.pack(
+                f"<I{len(dimensions)}QIQ", len(dimensions), *dimensions, info.type, offset
+            )
+        )
+    head = b"".join(parts)
+    return head + bytes(padded(len(head)) - len(head))
+
+
+# --- reading ---------------------------------------------------------------------------------
+
+
+class _Cursor:
+    """Reads forward through a file, never past its end nor past the largest sensible header."""
+
+    def __init__(self, file: BinaryIO, path: Path, size: int) -> None:
+        self._file = file
+        self._path = path
+        self._size = min(size, MAX_HEADER_BYTES)
+        self._window = b""
+        self._start = 0  # file offset of the window
+        self._at = 0  # place in the window
+        self.what = "header"  # the thing being read, for messages
+
+    @property
+    def position(self) -> int:
+        return self._start + self._at
+
+    @property
+    def remaining(self) -> int:
+        return self._size - self.position
+
+    def fail(self, reason: str) -> InputError:
+        return InputError(
+            f"{self._path} is not a usable GGUF file: {reason}.",
+            "Download it again, or make it again with `localmix convert`.",
+        )
+
+    def take(self, count: int) -> bytes:
+        """The next `count` bytes."""
+        if count > self.remaining:
+            raise self.fail(f"it ends inside its {self.what}")
+        if self._at + count > len(self._window):
+            rest = self._window[self._at :]
+            self._start, self._at = self.position, 0
+            self._window = rest + self._file.read(max(count - len(rest), 1 << 20))
+            if len(self._window) < count:
+                raise self.fail(f"it ends inside its {self.what}")
+        piece = self._window[self._at : self._at + count]
+        self._at += count
+        return piece
+
+    def number(self, code: str) -> Any:
+        """One little-endian value of a struct code."""
+        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
+
+    def string(self) -> str:
+        return self.take(self.number("Q")).decode("utf-8", "surrogateescape")
+
+    def count(self, smallest: int, limit: int = MAX_ARRAY_ITEMS) -> int:
+        """A 64-bit count of items that take at least `smallest` bytes each."""
+        declared: int = self.number("Q")
+        if declared * smallest > self.remaining or declared > limit:
+            raise self.fail(f"its {self.what} declares {declared:,} items, more than the file can hold")
+        return declared
+
+    def value(self) -> MetaValue:
+        kind = self._value_type()
+        if kind != ValueType.ARRAY:
+            return MetaValue(kind, self._items(kind, 1)[0])
+        item_type = self._value_type()
+        if item_type == ValueType.ARRAY:
+            raise self.fail(f"{self.what} is an array of arrays")
+        smallest = 8 if item_type == ValueType.STRING else struct.calcsize("<" + _SCALARS[item_type])
+        return MetaValue(kind, self._items(item_type, self.count(smallest)), item_type)
+
+    def _value_type(self) -> ValueType:
+        number = self.number("I")
+        try:
+            return ValueType(number)
+        except ValueError:
+            raise self.fail(f"{self.what} has the unknown value type {number}") from None
+
+    def _items(self, kind: ValueType, count: int) -> list[Any]:
+        if kind == ValueType.STRING:
+            return [self.string() for _ in range(count)]
+        code = _SCALARS[kind]
+        data = self.take(count * struct.calcsize("<" + code))
+        return list(struct.unpack(f"<{count}{code}", data))
+
+
+def _read_metadata(cursor: _Cursor, count: int) -> dict[str, MetaValue]:
+    metadata: dict[str, MetaValue] = {}
+    for index in range(count):
+        cursor.what = f"metadata entry {index + 1} of {count}"
+        key = cursor.string()
+        cursor.what = f"metadata entry '{key[:80]}'"
+        if key in metadata:
+            raise cursor.fail(f"{cursor.what} stands there twice")
+        metadata[key] = cursor.value()
+    return metadata
+
+
+def _read_tensor(cursor: _Cursor) -> tuple[TensorInfo, int]:
+    """One tensor and its offset in the data section."""
+    name = cursor.string()
+    cursor.what = f"tensor '{name[:80]}'"
+    if not name or len(name.encode("utf-8", "surrogateescape")) > MAX_NAME_BYTES:
+        raise cursor.fail(f"a tensor's name has {len(name)} characters, 1 to {MAX_NAME_BYTES} are allowed")
+    dimensions = cursor.number("I")
+    if not 1 <= dimensions <= MAX_DIMENSIONS:
+        raise cursor.fail(f"{cursor.what} has {dimensions} dimensions, 1 to {MAX_DIMENSIONS} are allowed")
+    shape = struct.unpack(f"<{dimensions}Q", cursor.take(8 * dimensions))[::-1]
+    number = cursor.number("I")
+    try:
+        kind = TensorType(number)
+    except ValueError:
+        raise cursor.fail(f"{cursor.what} has the unknown type {number}") from None
+    if math.prod(shape) == 0 or math.prod(shape) >= 1 << 63 or not fits(kind, shape[-1]):
+        raise cursor.fail(
+            f"{cursor.what} has the shape {list(shape)}, which {kind.name} in blocks of"
+            f" {BLOCKS[kind][0]} cannot hold"
+        )
+    return TensorInfo(name, shape, kind), cursor.number("Q")
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the head of a GGUF file; costs no more memory than the head itself has bytes.
+
+    Raises:
+        InputError: the file is no GGUF file, is of an old version, or contradicts itself.
+        OSError: the file cannot be opened.
+    """
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(0)
+        return _read_header(_Cursor(file, path, size), size)
+
+
+def _read_header(cursor: _Cursor, size: int) -> Header:
+    magic = cursor.take(4) if cursor.remaining >= 4 else b""
+    if magic == bytes(4):
+        raise cursor.fail("it starts with zeros, as a file does whose writing was interrupted")
+    if magic != MAGIC:
+        raise cursor.fail(f"it starts with {magic!r} instead of {MAGIC!r}")
+    version = cursor.number("I")
+    if version not in (2, 3):
+        swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
+        what = f"big-endian (version {swapped})" if swapped in (2, 3) else f"of version {version}"
+        raise cursor.fail(f"it is {what}, and 2 and 3 are known")
+    tensor_count = cursor.count(smallest=8 + 4 + 8 + 4 + 8)
+    metadata = _read_metadata(cursor, cursor.count(smallest=8 + 4 + 1))
+    alignment = metadata.get("general.alignment")
+    align = DEFAULT_ALIGNMENT if alignment is None else alignment.value
+    if not isinstance(align, int) or not 1 <= align <= 1 << 16 or align & (align - 1):
+        raise cursor.fail(f"general.alignment is {align!r}, no power of two")
+
+    found: dict[str, tuple[TensorInfo, int]] = {}
+    for index in range(tensor_count):
+        cursor.what = f"tensor {index + 1} of {tensor_count}"
+        info, offset = _read_tensor(cursor)
+        if info.name in found:
+            raise cursor.fail(f"{cursor.what} stands there twice")
+        found[info.name] = info, offset
+
+    start = padded(cursor.position, align)
+    tensors = tuple(StoredTensor(info, start + at, tensor_bytes(info)) for info, at in found.values())
+    end, before = start, "the header"
+    for tensor in sorted(tensors, key=lambda tensor: tensor.offset):
+        what = f"tensor '{tensor.info.name}'"
+        if (tensor.offset - start) % align:
+            raise cursor.fail(f"{what} starts at a place that is no multiple of {align}")
+        if tensor.offset < end:
+            raise cursor.fail(f"{what} overlaps {before}")
+        end, before = tensor.offset + tensor.bytes, what
+        if end > size:
+            raise cursor.fail(
+                f"{what} ends at byte {end:,}, but the file has {size:,}: it is incomplete"
+            )
+    return Header(metadata, tensors, start)
+

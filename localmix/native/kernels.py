@@ -1,0 +1,86 @@
+"""Quantize rows of weights: one function in front of ggml's kernels."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from localmix.native.library import ggml
+from localmix.tensor_types import TensorType, row_bytes
+
+_prepare_lock = threading.Lock()
+
+
+@functools.cache
+def _chunk_kernel() -> Any:
+    """ggml_quantize_chunk with its C signature (ggml.h); `start` counts weights, not bytes."""
+    kernel = ggml().ggml_quantize_chunk
+    kernel.restype = ctypes.c_size_t
+    kernel.argtypes = [
+        ctypes.c_int,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+    ]
+    return kernel
+
+
+@functools.cache
+def requires_importance(kind: TensorType) -> bool:
+    """Whether ggml aborts the process when this type is quantized without an importance row."""
+    question = ggml().ggml_quantize_requires_imatrix
+    question.restype = ctypes.c_bool
+    return bool(question(int(kind)))
+
+
+@functools.cache
+def _prepared(kind: TensorType) -> bool:
+    ggml().ggml_quantize_init(int(kind))
+    return True
+
+
+def prepare(kind: TensorType) -> None:
+    """Build the tables of an I-quant before threads race for them."""
+    with _prepare_lock:
+        _prepared(kind)
+
+
+def quantize_rows(
+    kind: TensorType, rows: npt.NDArray[np.float32], importance: npt.NDArray[np.float32] | None
+) -> npt.NDArray[np.uint8]:
+    """Quantize whole rows, with the bytes `llama-quantize` writes. Releases the GIL.
+
+    Args:
+        kind: any type ggml can encode, the plain F16 and BF16 included.
+        rows: `[n, columns]`, C-contiguous; columns a multiple of the type's block.
+        importance: `[columns]`, the weight of each column's squared error, or None for none.
+
+    Returns:
+        `[n, row_bytes(kind, columns)]`.
+
+    Raises:
+        ValueError: the type needs an importance row and has none: ggml would abort the process.
+    """
+    count, columns = rows.shape
+    if importance is None and requires_importance(kind):
+        raise ValueError(f"{kind.name} cannot be quantized without an importance row")
+    prepare(kind)
+    encoded = np.empty((count, row_bytes(kind, columns)), np.uint8)
+    _chunk_kernel()(
+        int(kind),
+        rows.ctypes.data,
+        encoded.ctypes.data,
+        0,
+        count,
+        columns,
+        None if importance is None else importance.ctypes.data,
+    )
+    return encoded

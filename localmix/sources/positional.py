@@ -1,4 +1,8 @@
-"""Read and write a file at given places from many threads, on systems with and without `pread`."""
+"""Positional reads of a regular file: any offset, from any thread, without a shared file pointer.
+
+The file is checked before it is opened (a FIFO or a device would block or answer without end) and its size
+and modification time are remembered, so that a file that changes under a long run is noticed.
+"""
 
 from __future__ import annotations
 
@@ -9,107 +13,130 @@ from pathlib import Path
 
 from localmix.errors import FileError, InputError
 
-_HAS_PREAD = hasattr(os, "pread")  # Windows has none
+# What a repository holds in place of a big file when it was cloned without Git LFS.
+LFS_POINTER = b"version https://git-lfs"
 
 
 class PositionalFile:
-    """An open regular file that is read (and, for outputs, written) at explicit offsets.
+    """A regular file opened for reading at offsets.
 
     Args:
-        path: for messages; the file itself when `descriptor` is not given.
-        descriptor: an already open file, taken over and closed by this object.
+        path: the file; symbolic links are followed (the hub's cache is made of them).
+
+    Raises:
+        InputError: the path is not a regular file.
+        FileError: the file system refuses (missing, no permission, too many open files).
     """
 
-    def __init__(self, path: Path, descriptor: int | None = None) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        if descriptor is None:
-            descriptor = _open_regular(path)
-        self._descriptor = descriptor
         self._lock = threading.Lock()
-        self._opened_as = self._identity()
+        self._descriptor = -1
+        flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+        # A FIFO put there between the two checks must not block the open either.
+        flags |= getattr(os, "O_NONBLOCK", 0)
+        try:
+            self._require_regular(os.stat(path))
+            self._descriptor = os.open(path, flags)
+            status = os.fstat(self._descriptor)
+            self._require_regular(status)
+        except OSError as error:
+            self.close()
+            raise FileError(f"{path} cannot be opened: {error.strerror or error}.") from error
+        except InputError:
+            self.close()
+            raise
+        self.size = status.st_size
+        self._modified = status.st_mtime_ns
 
-    def _identity(self) -> tuple[int, int]:
-        status = os.fstat(self._descriptor)
-        return status.st_size, status.st_mtime_ns
+    def _require_regular(self, status: os.stat_result) -> None:
+        if not stat.S_ISREG(status.st_mode):
+            raise InputError(
+                f"{self.path} is not a regular file.", "A FIFO, a device or a folder cannot be read as one."
+            )
 
-    @property
-    def size(self) -> int:
-        """Size in bytes when the file was opened."""
-        return self._opened_as[0]
-
-    def descriptor(self) -> int:
-        """The file descriptor, for `fsync` and the like."""
-        return self._descriptor
-
-    def read(self, offset: int, count: int) -> bytes:
-        """Exactly `count` bytes from `offset`.
+    def read_into(self, offset: int, target: memoryview) -> None:
+        """Fill `target` (bytes, contiguous) from `offset` on.
 
         Raises:
-            InputError: the file ends before, so it was cut since it was opened.
+            InputError: the file ends before `target` is full.
+            FileError: the disk fails.
         """
-        pieces: list[bytes] = []
-        while count > 0:
-            piece = self._read_some(offset, count)
-            if not piece:
+        done = 0
+        while done < len(target):
+            try:
+                count = self._read_once(offset + done, target[done:])
+            except OSError as error:
+                raise FileError(f"{self.path} cannot be read: {error.strerror or error}.") from error
+            if count == 0:
                 raise InputError(
-                    f"{self.path} ends at byte {offset:,}, inside a tensor: it was cut while it was read.",
-                    "Check the file and start again.",
+                    f"{self.path} ends at byte {offset + done} where byte {offset + len(target)} is needed.",
+                    "It was cut off or changed since it was opened; download it again.",
                 )
-            pieces.append(piece)
-            offset += len(piece)
-            count -= len(piece)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            done += count
 
-    def _read_some(self, offset: int, count: int) -> bytes:
-        if _HAS_PREAD:
-            return os.pread(self._descriptor, count, offset)
-        with self._lock:
-            os.lseek(self._descriptor, offset, os.SEEK_SET)
-            return os.read(self._descriptor, count)
+    def _read_once(self, offset: int, target: memoryview) -> int:
+        """One system call; may return fewer bytes than asked for. 0 is the end of the file."""
+        if hasattr(os, "preadv"):
+            return os.preadv(self._descriptor, [target], offset)
+        if hasattr(os, "pread"):
+            data = os.pread(self._descriptor, len(target), offset)
+        else:
+            # Windows has no positional read; the lock keeps seek and read of one thread together.
+            with self._lock:
+                os.lseek(self._descriptor, offset, os.SEEK_SET)
+                data = os.read(self._descriptor, len(target))
+        target[: len(data)] = data
+        return len(data)
 
-    def write(self, offset: int, data: memoryview | bytes) -> None:
-        """All of `data` at `offset`."""
-        rest = memoryview(data).cast("B")
-        while rest:
-            written = self._write_some(offset, rest)
-            rest = rest[written:]
-            offset += written
-
-    def _write_some(self, offset: int, data: memoryview) -> int:
-        if _HAS_PREAD:
-            return os.pwrite(self._descriptor, data, offset)
-        with self._lock:
-            os.lseek(self._descriptor, offset, os.SEEK_SET)
-            return os.write(self._descriptor, data)
+    def read(self, offset: int, length: int) -> bytes:
+        """`length` bytes from `offset` on; the caller has checked `length` against `size`."""
+        buffer = bytearray(length)
+        self.read_into(offset, memoryview(buffer))
+        return bytes(buffer)
 
     def check_unchanged(self) -> None:
-        """Refuse to go on when somebody wrote to the file since it was opened.
-
-        Raises:
-            InputError: size or modification time differ.
-        """
-        if self._identity() != self._opened_as:
+        """Raise InputError when size or modification time differ from those at opening."""
+        try:
+            status = os.fstat(self._descriptor)
+        except OSError as error:
+            raise FileError(f"{self.path} cannot be read: {error.strerror or error}.") from error
+        if (status.st_size, status.st_mtime_ns) != (self.size, self._modified):
             raise InputError(
-                f"{self.path} changed while it was read.", "Start again when nothing writes to it."
+                f"{self.path} changed while it was read.", "Run the command again when nothing writes to it."
             )
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
 
-def _open_regular(path: Path) -> int:
-    """Open for reading, refusing pipes and devices, which would block or never end."""
+def read_whole(path: Path, limit: int) -> bytes:
+    """A small file's bytes.
+
+    Args:
+        limit: bytes; a bigger file is refused before anything is read.
+
+    Raises:
+        InputError: not a regular file, too big, or a Git LFS pointer.
+        FileError: the file system refuses.
+    """
+    file = PositionalFile(path)
     try:
-        # O_NONBLOCK: opening a pipe that nobody writes to would hang for ever
-        descriptor = os.open(
-            path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+        if file.size > limit:
+            raise InputError(f"{path} has {file.size} bytes; at most {limit} are expected of such a file.")
+        data = file.read(0, file.size)
+    finally:
+        file.close()
+    refuse_pointer(path, data)
+    return data
+
+
+def refuse_pointer(path: Path, head: bytes) -> None:
+    """Raise InputError when a file is Git LFS's placeholder instead of the file."""
+    if head.startswith(LFS_POINTER):
+        raise InputError(
+            f"{path} is a Git LFS pointer, not the file itself.", "Run `git lfs pull` in that folder."
         )
-    except OSError as error:
-        raise FileError(f"{path} cannot be opened: {error.strerror}.") from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise InputError(f"{path} is not a regular file.", "Give a file with weights.")
-    return descriptor

@@ -11,8 +11,11 @@ PY     := $(BIN)/python
 INSTALLED := $(patsubst $(VENV)/.engine-%,%,$(firstword $(wildcard $(VENV)/.engine-*)))
 BACKEND   ?= $(or $(INSTALLED),$(if $(filter Darwin,$(shell uname -s)),metal,cpu))
 
+# build.py reads it, also where a test calls it.
+export BACKEND
+
 ENGINE := $(VENV)/.engine-$(BACKEND)
-BUILD  := $(PY) vendor/llama.cpp/build.py --backend $(BACKEND)
+BUILD  := $(PY) vendor/llama.cpp/build.py
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile

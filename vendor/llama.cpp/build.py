@@ -407,13 +407,17 @@ def build_engine(folder: Path, backend: str, sdist: Path | None, jobs: int) -> N
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--backend", choices=sorted(BACKENDS), default="metal" if MACOS else "cpu")
+    backend = os.environ.get("BACKEND") or ("metal" if MACOS else "cpu")
+    add("--backend", choices=sorted(BACKENDS), default=backend, help="default: BACKEND, then %(default)s")
     add("--print-dir", action="store_true", help="print the folder of the tools; build nothing")
     add("--engine-wheel", action="store_true", help="build llama-cpp-python's wheel, print its path")
     add("--sdist", type=Path, help=f"a copy of {PIN['sdist']}, for machines without network")
     add("--jobs", type=int, default=jobs_for_this_machine(), help="compilers at once (%(default)s)")
     add("--rebuild", action="store_true", help="build again what the cache already has")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.backend not in BACKENDS:  # argparse does not check defaults
+        parser.error(f"BACKEND={backend}: choose from {', '.join(sorted(BACKENDS))}")
+    return options
 
 
 def tools(options: argparse.Namespace) -> Path:

@@ -1,0 +1,218 @@
+"""The one place that draws: results on stdout, progress and messages on stderr.
+
+A command makes one `Console` and hands it what the library returned. With `json` there is exactly one JSON
+document on stdout and nothing is coloured. Colour and progress bars appear on a terminal only, and not when
+`NO_COLOR` is set. Text that comes from a model or a file is made inert first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json as json_format
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from localmix.errors import Interrupted, LocalmixError
+from localmix.inert import inert, inert_json
+
+if TYPE_CHECKING:
+    from localmix.table import Table
+
+Progress = Callable[[int, int, str], None]
+
+# stderr that is no terminal (a log file) gets a line of progress this often, in seconds
+LOG_INTERVAL = 10.0
+
+_STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
+
+
+class Console:
+    """Where one command's results and messages go."""
+
+    def __init__(self, json: bool = False) -> None:
+        self.json = json
+
+    # stdout
+
+    def result(self, document: object, draw: Callable[[], None]) -> None:
+        """The result of a command: `document` as JSON when that was asked for, else what `draw` prints.
+
+        Dataclasses, paths, enums and infinities inside the document are written as JSON knows them.
+        """
+        if self.json:
+            self._document(document)
+        else:
+            draw()
+
+    def line(self, text: str = "", style: str = "") -> None:
+        """One line of result."""
+        print(_styled(inert(text), style, sys.stdout), file=sys.stdout)
+
+    def fields(self, fields: Mapping[str, str]) -> None:
+        """Names and values, one under the other."""
+        width = max(map(len, fields), default=0)
+        for name, value in fields.items():
+            label = _styled(f"{inert(name):<{width}}", "dim", sys.stdout)
+            print(f"{label}  {inert(value)}", file=sys.stdout)
+
+    def table(self, table: Table, markdown: bool = False) -> None:
+        """A table: drawn, or as Markdown source."""
+        if markdown:
+            print(inert(table.markdown()), file=sys.stdout)
+            return
+        import rich.box
+        import rich.console
+        import rich.table
+        import rich.text
+
+        terminal = sys.stdout.isatty()
+        drawn = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+        for column in table.columns:
+            drawn.add_column(
+                rich.text.Text(column.title),
+                justify="right" if column.number else "left",
+                no_wrap=column.number,
+                overflow="fold",
+            )
+        for row in table.rows:
+            drawn.add_row(*(rich.text.Text(inert(cell), _cell_style(cell)) for cell in row))
+        # a pipe has no width: nothing is cut there
+        rich.console.Console(file=sys.stdout, width=None if terminal else 1000, highlight=False).print(drawn)
+        if table.caption:
+            self.line(table.caption, "dim")
+
+    def stream(self, text: str) -> None:
+        """A piece of a model's reply, at once and without a newline."""
+        sys.stdout.write(inert(text))
+        sys.stdout.flush()
+
+    def raw(self, text: str) -> None:
+        """Text of our own that must arrive as it is: a completion script."""
+        sys.stdout.write(text)
+
+    # stderr
+
+    def note(self, text: str) -> None:
+        """Something worth knowing; not a problem."""
+        print(_styled(inert(text), "dim", sys.stderr), file=sys.stderr, flush=True)
+
+    def warn(self, text: str) -> None:
+        """A problem that does not stop the run."""
+        print(_styled(f"Note: {inert(text)}", "yellow", sys.stderr), file=sys.stderr, flush=True)
+
+    def error(self, error: LocalmixError) -> None:
+        """The sentence and the next step of an error; with `json` also a document on stdout."""
+        if isinstance(error, Interrupted):
+            print(_styled(inert(error.message), "dim", sys.stderr), file=sys.stderr)
+        else:
+            label = _styled("Error:", "red", sys.stderr)
+            print(f"{label} {inert(error.message)}", file=sys.stderr)
+        if error.hint:
+            print(inert(error.hint), file=sys.stderr)
+        if self.json:
+            self._document(
+                {"error": {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}}
+            )
+        sys.stderr.flush()
+
+    def confirm(self, question: str) -> bool:
+        """Ask on the terminal; False when there is none to ask on."""
+        if not (sys.stdin.isatty() and sys.stderr.isatty()):
+            return False
+        print(f"{inert(question)} [y/N] ", end="", file=sys.stderr, flush=True)
+        return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+    @contextmanager
+    def progress(self) -> Iterator[Progress]:
+        """A `progress(done, total, label)` to hand to a long function: a bar on a terminal, else a line now and then."""
+        if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+            with _bar() as report:
+                yield report
+        else:
+            yield _LogProgress(sys.stderr)
+
+    def _document(self, document: object) -> None:
+        text = json_format.dumps(_plain(document), ensure_ascii=False, allow_nan=False, indent=2)
+        print(inert_json(text), file=sys.stdout)
+
+
+class _LogProgress:
+    """Progress as lines of a log file, at most one every `LOG_INTERVAL` seconds."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._lock = threading.Lock()
+        self._started = self._last = time.monotonic()
+
+    def __call__(self, done: int, total: int, label: str) -> None:
+        now = time.monotonic()
+        with self._lock:
+            if now - self._last < LOG_INTERVAL:
+                return
+            self._last = now
+        elapsed = now - self._started
+        share = f"{100 * done // total} %, " if total else ""
+        print(f"{inert(label)}: {share}{elapsed:.0f} s", file=self._stream, flush=True)
+
+
+@contextmanager
+def _bar() -> Iterator[Progress]:
+    import rich.console
+    import rich.progress
+    import rich.text
+
+    columns = (
+        rich.progress.TextColumn("{task.description}", markup=False),
+        rich.progress.BarColumn(bar_width=32),
+        rich.progress.TaskProgressColumn(),
+        rich.progress.TimeElapsedColumn(),
+        rich.progress.TimeRemainingColumn(),
+    )
+    console = rich.console.Console(stderr=True)
+    with rich.progress.Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=None)
+
+        def report(done: int, total: int, label: str) -> None:
+            bar.update(task, completed=done, total=total or None, description=inert(label))
+
+        yield report
+
+
+def _cell_style(cell: str) -> str:
+    return {"yes": "green", "no": "red", "failed": "red"}.get(cell, "")
+
+
+def _styled(text: str, style: str, stream: TextIO) -> str:
+    if not style or not stream.isatty() or os.environ.get("NO_COLOR"):
+        return text
+    return f"\x1b[{_STYLES[style]}m{text}\x1b[0m"
+
+
+def _plain(value: Any) -> Any:
+    """The value in JSON's own types; NaN and infinities, which JSON lacks, become null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if isinstance(value, float):
+        return value if value - value == 0 else None
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if hasattr(value, "tolist"):  # a numpy number or array
+        return _plain(value.tolist())
+    raise TypeError(f"{type(value).__name__} has no form in JSON")

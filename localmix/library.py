@@ -1,0 +1,427 @@
+"""Models on this machine: where their files lie, what a name means, and which one was used last.
+
+A model is a folder of the library, `<model>/<model>-<TYPE>.gguf`, with its importance matrix beside it as
+`<model>/<model>.imatrix.gguf`. The library is the user's data folder, or `LOCALMIX_HOME`. Names are looked up
+without opening a file, so that shell completion stays fast.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from localmix.errors import FileError, InputError, LocalmixError, UsageError
+
+FLOAT_TYPES = ("BF16", "F16", "F32")
+IMATRIX_SUFFIX = ".imatrix.gguf"
+
+_STATE_FILE = "state.json"
+_TYPED_NAME = re.compile(r"^(?P<model>.+?)[-.](?P<type>(?:I?Q|TQ)\d\w*|BF16|F16|F32|MXFP4\w*)$", re.IGNORECASE)
+_MODEL_NAME = re.compile(r"^[^\W_][\w.+ -]*$")
+
+
+class Purpose(enum.Enum):
+    """What a model is wanted for; decides which of its files is meant when no type is named."""
+
+    SOURCE = "quantize"  # full precision: a BF16, F16 or F32 file, or the checkpoint it came from
+    MEASURE = "measure"  # a GGUF file, the most precise one
+    RUN = "chat"  # a GGUF file, the one used last, else the best quantization
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """One GGUF file of the library."""
+
+    model: str
+    type: str
+    path: Path
+    bytes: int
+
+    @property
+    def name(self) -> str:
+        """What the user types."""
+        return f"{self.model}:{self.type}"
+
+    @property
+    def full_precision(self) -> bool:
+        """Whether it can be quantized."""
+        return self.type in FLOAT_TYPES
+
+
+@dataclass(frozen=True)
+class Model:
+    """A folder of the library."""
+
+    name: str
+    folder: Path
+    files: tuple[ModelFile, ...]
+    imatrix: Path | None
+    checkpoint: Path | None
+
+    @property
+    def bytes(self) -> int:
+        """Of all its files."""
+        return sum(file.bytes for file in self.files)
+
+
+def home() -> Path:
+    """The library's folder; it may not exist yet."""
+    chosen = os.environ.get("LOCALMIX_HOME")
+    if chosen:
+        return Path(chosen).expanduser().absolute()
+    import platformdirs
+
+    return platformdirs.user_data_path("localmix", appauthor=False)
+
+
+def models() -> list[Model]:
+    """Every model of the library, by name.
+
+    Raises:
+        FileError: the library's folder cannot be read.
+    """
+    try:
+        folders = sorted(entry for entry in home().iterdir() if entry.is_dir())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise FileError(f"The library {home()} cannot be read: {error.strerror}.") from error
+    checkpoints = _state().get("checkpoints", {})
+    found = (_model(folder, checkpoints.get(folder.name)) for folder in folders)
+    return [model for model in found if model.files or model.imatrix]
+
+
+def _model(folder: Path, checkpoint: str | None) -> Model:
+    files = []
+    for path in sorted(folder.glob("*.gguf")):
+        model, kind = split_name(path)
+        if kind and model == folder.name and not path.name.endswith(IMATRIX_SUFFIX):
+            files.append(ModelFile(folder.name, kind, path, path.stat().st_size))
+    imatrix = folder / f"{folder.name}{IMATRIX_SUFFIX}"
+    return Model(
+        folder.name,
+        folder,
+        tuple(sorted(files, key=lambda file: -file.bytes)),
+        imatrix if imatrix.is_file() else None,
+        Path(checkpoint) if checkpoint and Path(checkpoint).is_dir() else None,
+    )
+
+
+def split_name(path: Path) -> tuple[str, str]:
+    """The model's name and the type that a path tells: `tinymix-Q4_K_M.gguf` is ("tinymix", "Q4_K_M").
+
+    A folder, and a file whose name tells no type, have the type "".
+    """
+    absolute = Path(os.path.abspath(path))  # not resolve(): the name that the user gave counts, not the link's
+    name = absolute.name.removesuffix(".gguf") or "model"
+    match = _TYPED_NAME.match(name)
+    if match and absolute.suffix == ".gguf":
+        return match["model"], match["type"].upper()
+    return name, ""
+
+
+def model_name(path: Path) -> str:
+    """The name under which the library files what is made from `path`."""
+    inside = _inside(path)
+    name = inside.model if inside else split_name(path)[0]
+    cleaned = re.sub(r"[^\w.+-]+", "-", name).strip("-._+")
+    return cleaned or "model"
+
+
+def find(name: str) -> Model | None:
+    """The model of that name, or None."""
+    return next((model for model in models() if model.name == name), None)
+
+
+def is_name(text: str) -> bool:
+    """Whether the text means a library name; with a separator, a `.gguf` or at the file system it is a path."""
+    model, _, _ = text.partition(":")
+    bare = not (os.sep in text or (os.altsep and os.altsep in text)) and not text.endswith(".gguf")
+    return bare and text not in (".", "..") and find(model) is not None
+
+
+def resolve(
+    wanted: str | Path | None, purpose: Purpose, fits: Callable[[ModelFile], bool] | None = None
+) -> Path:
+    """The file or checkpoint folder that is meant.
+
+    Args:
+        wanted: a path, a library name (`tinymix`, `tinymix:Q4_K_M`), or None for the model used last. A bare
+            name that the library knows wins over a file of that name in the current folder; `./NAME` is the path.
+        purpose: which file of a model is meant when no type is named.
+        fits: for RUN without a type: whether a file fits into memory; the largest quantization that does is taken.
+
+    Raises:
+        UsageError: the name or type is unknown, or there is no model yet.
+        InputError: the model has no file for this purpose.
+        FileError: the path does not exist.
+    """
+    if wanted is None:
+        return _last(purpose, fits)
+    text = os.fspath(wanted)
+    if isinstance(wanted, str) and is_name(text):
+        name, _, kind = text.partition(":")
+        model = find(name)
+        assert model is not None
+        return _of_type(model, kind) if kind else _choose(model, purpose, fits)
+    path = Path(text).expanduser()
+    if path.exists():
+        return _checked(path, purpose)
+    name, _, _ = text.partition(":")
+    if os.sep in text or text.endswith(".gguf"):
+        raise FileError(f"{text} does not exist.", _what_there_is())
+    raise UsageError(f"There is no model {name!r} in the library, and no file of that name.", _what_there_is())
+
+
+def _last(purpose: Purpose, fits: Callable[[ModelFile], bool] | None) -> Path:
+    state = _state()
+    path = Path(str(state.get("file", "")))
+    model = find(str(state.get("model", "")))
+    if model is None and state.get("file") and path.exists():
+        return _checked(path, purpose)
+    if model is None:
+        known = models()
+        if not known:
+            raise UsageError(
+                "No model was named, and the library is empty.",
+                "Make one with `localmix convert FOLDER`, or give the path of a GGUF file.",
+            )
+        if len(known) > 1:
+            raise UsageError("No model was named, and none was used before.", _what_there_is())
+        model = known[0]
+    used = _inside(path)
+    if purpose is Purpose.RUN and used and path.exists() and used.model == model.name and not used.full_precision:
+        return path
+    return _choose(model, purpose, fits)
+
+
+def _choose(model: Model, purpose: Purpose, fits: Callable[[ModelFile], bool] | None) -> Path:
+    """The file of a model that serves the purpose best."""
+    full = [file for file in model.files if file.full_precision]
+    if purpose is Purpose.SOURCE:
+        if full:
+            return full[0].path
+        if model.checkpoint:
+            return model.checkpoint
+        raise InputError(
+            f"{model.name} has no file in full precision, and its checkpoint is gone: {_types(model)}.",
+            "Run `localmix convert FOLDER` again, or name a BF16, F16 or F32 file.",
+        )
+    if not model.files:
+        raise InputError(
+            f"{model.name} has no GGUF file in the library.", "Make one with `localmix convert` or `quantize`."
+        )
+    if purpose is Purpose.MEASURE:
+        return model.files[0].path
+    quantized = [file for file in model.files if not file.full_precision]
+    for file in quantized or full:
+        if fits is None or fits(file):
+            return file.path
+    return (quantized or full)[-1].path  # nothing fits: the smallest, and the memory check says the rest
+
+
+def _of_type(model: Model, kind: str) -> Path:
+    wanted = kind.upper()
+    for spelled in (wanted, f"{wanted}_M"):  # Q4_K means Q4_K_M, as in llama.cpp
+        for file in model.files:
+            if file.type == spelled:
+                return file.path
+    raise UsageError(
+        f"{model.name} has no file of type {wanted}; it has {_types(model)}.",
+        f"Make it with `localmix quantize {wanted} {model.name}`.",
+    )
+
+
+def _checked(path: Path, purpose: Purpose) -> Path:
+    if path.is_dir() and purpose is not Purpose.SOURCE:
+        raise UsageError(
+            f"{path} is a folder, and a GGUF file is needed here.", f"Run `localmix convert {path}` first."
+        )
+    return path
+
+
+def _types(model: Model) -> str:
+    return ", ".join(file.type for file in model.files) or "no files"
+
+
+def _what_there_is() -> str:
+    known = models()
+    if not known:
+        return "The library is empty: `localmix convert FOLDER` makes the first model."
+    return "The library has " + "; ".join(f"{model.name} ({_types(model)})" for model in known) + "."
+
+
+def _inside(path: Path) -> ModelFile | None:
+    """The path as a file of the library, or None when it lies elsewhere."""
+    absolute = Path(os.path.abspath(path))
+    model, kind = split_name(absolute)
+    if absolute.parent.parent != home() or absolute.parent.name != model or not kind:
+        return None
+    return ModelFile(model, kind, absolute, 0)
+
+
+def output_path(source: Path, kind: str) -> Path:
+    """Where the library files the model `source` in type `kind`; makes the folder.
+
+    Raises:
+        FileError: the folder cannot be made.
+    """
+    name = model_name(source)
+    return _folder(name) / f"{name}-{kind}.gguf"
+
+
+def imatrix_output_path(source: Path) -> Path:
+    """Where the library files the importance matrix of `source`; makes the folder. Raises as `output_path`."""
+    name = model_name(source)
+    return _folder(name) / f"{name}{IMATRIX_SUFFIX}"
+
+
+def _folder(name: str) -> Path:
+    folder = home() / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        from localmix.output import file_error
+
+        raise file_error(error, folder, "make") from error
+    return folder
+
+
+def find_imatrix(source: Path) -> Path | None:
+    """The importance matrix of a model: in the library, or beside its file."""
+    name = model_name(source)
+    for folder in (home() / name, Path(os.path.abspath(source)).parent):
+        path = folder / f"{name}{IMATRIX_SUFFIX}"
+        if path.is_file():
+            return path
+    return None
+
+
+def check_name_is_free(source: Path) -> None:
+    """Refuse to file a checkpoint under a name that the library uses for another one.
+
+    Raises:
+        UsageError: the library holds a model of that name from another folder.
+    """
+    name = model_name(source)
+    earlier = _state().get("checkpoints", {}).get(name)
+    if earlier and find(name) and Path(earlier) != source.resolve():
+        raise UsageError(
+            f"The library has another {name}, made from {earlier}.",
+            f"Remove it with `localmix rm {name}`, or name the output with -o.",
+        )
+
+
+def remember(path: Path, checkpoint: Path | None = None) -> None:
+    """Note the model used last, and the checkpoint a library model was made from.
+
+    Args:
+        path: the file used, or a model's folder in the library when no one file is meant.
+        checkpoint: the folder that `path` was converted from.
+    """
+    from localmix.output import write_atomically
+
+    absolute = Path(os.path.abspath(path))
+    state = _state()
+    if absolute.parent == home():
+        state.update(model=absolute.name, file="")
+    else:
+        inside = _inside(absolute)
+        state.update(model=inside.model if inside else "", file=str(absolute))
+    if checkpoint is not None:
+        known = state.get("checkpoints")
+        state["checkpoints"] = {
+            **(known if isinstance(known, dict) else {}),
+            model_name(path): str(checkpoint.resolve()),
+        }
+    try:
+        home().mkdir(parents=True, exist_ok=True)
+        write_atomically(home() / _STATE_FILE, json.dumps(state, indent=2, ensure_ascii=False).encode())
+    except (OSError, LocalmixError):
+        pass  # a convenience: the command that was asked for has done its work
+
+
+def _state() -> dict[str, Any]:
+    """What `remember` noted; empty when there is nothing, or nothing that can be read."""
+    try:
+        state = json.loads((home() / _STATE_FILE).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(state, dict):
+        return {}
+    if not isinstance(state.get("checkpoints", {}), dict):
+        state["checkpoints"] = {}
+    return state
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What `rm` would delete: files, and the folder when nothing else is in it."""
+
+    name: str
+    folder: Path
+    files: tuple[Path, ...]
+    bytes: int
+
+
+def plan_removal(name: str) -> Removal:
+    """What deleting `tinymix` or `tinymix:Q4_K_M` means; nothing is deleted yet.
+
+    Only files that localmix makes are meant: GGUF files, the importance matrix and leftovers of killed runs.
+
+    Raises:
+        UsageError: the name is unknown, or a path.
+    """
+    model_part, _, kind = name.partition(":")
+    if not _MODEL_NAME.match(model_part) or os.path.basename(model_part) != model_part:
+        raise UsageError(f"{name!r} is not a name of the library.", _what_there_is())
+    model = find(model_part)
+    if model is None:
+        raise UsageError(f"There is no model {model_part!r} in the library.", _what_there_is())
+    if model.folder.is_symlink() or model.folder.resolve().parent != home().resolve():
+        raise UsageError(f"{model.folder} leads out of the library.", "Remove the link by hand.")
+    if kind:
+        files = [_of_type(model, kind)]
+    else:
+        files = [
+            path
+            for path in sorted(model.folder.iterdir())
+            if path.name.startswith((f"{model.name}-", f"{model.name}.", f".{model.name}"))
+            and path.name.endswith((".gguf", ".partial"))
+            and (path.is_file() or path.is_symlink())
+        ]
+    return Removal(name, model.folder, tuple(files), sum(path.lstat().st_size for path in files))
+
+
+def remove(removal: Removal) -> None:
+    """Delete what `plan_removal` named.
+
+    Raises:
+        FileError: a file cannot be deleted.
+    """
+    from localmix.output import file_error
+
+    for path in removal.files:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise file_error(error, path, "delete") from error
+    try:
+        removal.folder.rmdir()
+    except OSError:
+        pass  # somebody else's files are in it: they stay
+
+
+def complete(incomplete: str) -> Sequence[tuple[str, str]]:
+    """Library names that begin so, each with what it is: for the shell's completion."""
+    choices: list[tuple[str, str]] = []
+    for model in models():
+        choices.append((model.name, _types(model)))
+        choices += [(file.name, f"{file.bytes / 2**30:.2f} GiB") for file in model.files]
+    return [choice for choice in choices if choice[0].startswith(incomplete)]

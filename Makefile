@@ -1,5 +1,7 @@
 # `make help` lists the targets. Works with GNU make 3.81, which macOS has.
 .DEFAULT_GOAL := help
+# Each step uses all processors itself.
+.NOTPARALLEL:
 .PHONY: help setup demo test lint vendor bench clean
 
 PYTHON ?= python3

@@ -238,9 +238,12 @@ def need_compiler(backend: str) -> None:
     if backend == "metal" and not MACOS:
         raise Problem("Metal exists on macOS only", "Choose cpu, cuda or vulkan.")
     program = BACKENDS[backend][1]
-    if program == "nvcc" and (named := os.environ.get("CUDACXX")):
-        program = named
-    if program and not find(program) and not Path("/usr/local/cuda/bin", program).is_file():
+    if program == "nvcc" and not find(program) and Path("/usr/local/cuda/bin/nvcc").is_file():
+        # Where the toolkit's installer puts it, and where CMake does not look.
+        os.environ.setdefault("CUDACXX", "/usr/local/cuda/bin/nvcc")
+    if program == "nvcc":
+        program = os.environ.get("CUDACXX") or program
+    if program and not find(program):
         kit = {"nvcc": "the CUDA toolkit", "glslc": "the Vulkan SDK (glslc and the headers)"}
         raise Problem(
             f"the {backend} backend needs {program}, which is not on PATH",
@@ -296,6 +299,8 @@ def run(command: list[str], log: Path, what: str, environment: dict[str, str] | 
             raise
         finally:
             process.wait()
+            if last and sys.stderr.isatty():
+                print(" " * 79, end="\r", file=sys.stderr, flush=True)
     if process.returncode != 0:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         errors = [line for line in lines if re.search(r"\berror\b", line, re.IGNORECASE)][:6] or lines[-6:]

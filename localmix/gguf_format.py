@@ -115,11 +115,7 @@ def encode_header(metadata: Mapping[str, MetaValue], tensors: Sequence[TensorInf
     for info, offset in zip(tensors, offsets, strict=True):
         dimensions = info.shape[::-1]  # ggml counts from the fastest
         parts.append(_string(info.name))
-        parts.append(
-            struct.pack(
-                f"<I{len(dimensions)}QIQ", len(dimensions), *dimensions, info.type, offset
-            )
-        )
+        parts.append(struct.pack(f"<I{len(dimensions)}QIQ", len(dimensions), *dimensions, info.type, offset))
     head = b"".join(parts)
     return head + bytes(padded(len(head)) - len(head))
 
@@ -291,8 +287,5 @@ def _read_header(cursor: _Cursor, size: int) -> Header:
             raise cursor.fail(f"{what} overlaps {before}")
         end, before = tensor.offset + tensor.bytes, what
         if end > size:
-            raise cursor.fail(
-                f"{what} ends at byte {end:,}, but the file has {size:,}: it is incomplete"
-            )
+            raise cursor.fail(f"{what} ends at byte {end:,}, but the file has {size:,}: it is incomplete")
     return Header(metadata, tensors, start)
-

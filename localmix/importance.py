@@ -96,9 +96,7 @@ def load_importance(path: Path) -> Importance:
     importance = _load_gguf(path) if is_gguf else _load_legacy(path)
     for name, entry in importance.entries.items():
         if not (np.isfinite(entry.sums).all() and np.isfinite(entry.counts).all()):
-            raise InputError(
-                f"{path} holds NaN or Inf for {name}.", "Make it again with `localmix imatrix`."
-            )
+            raise InputError(f"{path} holds NaN or Inf for {name}.", "Make it again with `localmix imatrix`.")
         if (entry.counts < 0).any() or (entry.sums < 0).any():
             raise InputError(f"{path} holds negative sums for {name}, so it is no importance matrix.")
     return importance

@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 import shutil
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +18,6 @@ import platformdirs
 import psutil
 
 from localmix.errors import CapacityError, FileError, LocalmixError, UsageError
-from localmix.sources.positional import PositionalFile
 
 _PARTIAL_NAME = re.compile(r"^\.(?P<name>.+)\.(?P<pid>\d+)\.partial$")
 
@@ -26,7 +26,8 @@ def file_error(error: OSError, path: Path, action: str) -> LocalmixError:
     """The sentence for an operating-system error while doing `action` (a verb: "write") to `path`."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return CapacityError(
-            f"There is no space left to {action} {path}.", "Free some space, or choose another folder with -o."
+            f"There is no space left to {action} {path}.",
+            "Free some space, or choose another folder with -o.",
         )
     return FileError(f"Cannot {action} {path}: {error.strerror or error}.")
 
@@ -49,15 +50,16 @@ class OutputFile:
         self.path = path
         self.size = size
         self._partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        self._write_lock = threading.Lock()
         self._lock = _lock_for(path)
         try:
             _sweep_partials(path)
-            self._file = self._create()
+            self._descriptor = self._create()
         except BaseException:
             self._lock.release()
             raise
 
-    def _create(self) -> PositionalFile:
+    def _create(self) -> int:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
         flags |= getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
         try:
@@ -73,20 +75,37 @@ class OutputFile:
             os.close(descriptor)
             self._partial.unlink()
             raise file_error(error, self.path, "write") from error
-        return PositionalFile(self._partial, descriptor)
+        return descriptor
 
     def write(self, offset: int, data: memoryview | bytes) -> None:
         """Place bytes; safe from several threads."""
+        rest = memoryview(data)
         try:
-            self._file.write(offset, data)
+            while rest:
+                written = self._write_once(offset, rest)
+                offset += written
+                rest = rest[written:]
         except OSError as error:
             raise file_error(error, self.path, "write") from error
+
+    def _write_once(self, offset: int, data: memoryview) -> int:
+        if hasattr(os, "pwrite"):
+            return os.pwrite(self._descriptor, data, offset)
+        # Windows has no positional write; the lock keeps seek and write of one thread together.
+        with self._write_lock:
+            os.lseek(self._descriptor, offset, os.SEEK_SET)
+            return os.write(self._descriptor, data)
+
+    def _close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
     def commit(self) -> None:
         """Make the file durable and give it its name."""
         try:
-            os.fsync(self._file.descriptor())
-            self._file.close()
+            os.fsync(self._descriptor)
+            self._close()
             os.replace(self._partial, self.path)
             _sync_folder(self.path.parent)
         except OSError as error:
@@ -98,7 +117,7 @@ class OutputFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        self._close()
         self._partial.unlink(missing_ok=True)
         self._lock.release()
 

@@ -70,6 +70,7 @@ class LogBuffer:
 
 
 log = LogBuffer()
+_kept: list[Any] = []  # callbacks whose pointers llama.cpp holds
 
 
 @functools.cache
@@ -92,11 +93,11 @@ def api() -> ModuleType:
             f"Run `pip install llama-cpp-python=={PINNED_VERSION}`.",
         )
 
-    @bindings.llama_log_callback  # type: ignore[untyped-decorator]
+    @bindings.llama_log_callback
     def receive(level: int, text: bytes | None, _: Any) -> None:
         log.add(level, (text or b"").decode("utf-8", "replace"))
 
-    bindings._localmix_log_callback = receive  # llama.cpp keeps the pointer; so must we
+    _kept.append(receive)
     bindings.llama_log_set(receive, None)
     bindings.llama_backend_init()
     return bindings  # type: ignore[no-any-return]
@@ -110,7 +111,7 @@ def ggml() -> ctypes.CDLL:
         InputError: as `api`.
     """
     bindings = api()
-    folder = Path(bindings.__file__).parent / "lib"
+    folder = Path(str(bindings.__file__)).parent / "lib"
     names = {"win32": "ggml-base.dll", "darwin": "libggml-base.dylib"}
     path = folder / names.get(sys.platform, "libggml-base.so")
     try:

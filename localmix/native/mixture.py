@@ -99,9 +99,7 @@ def choose_types(
         path.write_bytes(skeleton)
         log.reset()
         with log.capture() as lines:
-            code = bindings.llama_model_quantize(
-                str(path).encode(), b"unused.gguf", ctypes.byref(parameters)
-            )
+            code = bindings.llama_model_quantize(str(path).encode(), b"unused.gguf", ctypes.byref(parameters))
     if code != 0:
         reason = log.last_error or f"code {code}"
         if "regex" in reason.lower():

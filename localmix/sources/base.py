@@ -109,14 +109,14 @@ class Source(ABC):
     def files(self) -> Sequence[Path]:
         """The files that hold weights, so that a run can refuse to write over them and detect change."""
 
-    def check_unchanged(self) -> None:
+    def check_unchanged(self) -> None:  # noqa: B027 (a source without weights has nothing to check)
         """Check that no file of weights was written to since it was opened.
 
         Raises:
             InputError: one was; what was read is a mixture of two models.
         """
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 (nor to close)
         """Close what is open."""
 
     def __enter__(self) -> Source:

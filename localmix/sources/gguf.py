@@ -40,9 +40,7 @@ class GGUFFile(Source):
             key: value for key, value in headers[0].metadata.items() if not key.startswith("split.")
         }
         if "general.architecture" not in self.metadata:
-            raise InputError(
-                f"{path} names no architecture.", "Only GGUF files of models can be used here."
-            )
+            raise InputError(f"{path} names no architecture.", "Only GGUF files of models can be used here.")
         self._parts = [PositionalFile(part) for part in paths]
         self._places: dict[str, tuple[PositionalFile, StoredTensor]] = {}
         for part, header in zip(self._parts, headers, strict=True):
@@ -57,9 +55,9 @@ class GGUFFile(Source):
     def read(self, tensor: TensorInfo, start: int, stop: int) -> npt.NDArray[Any]:
         part, stored = self._places[tensor.name]
         size = row_bytes(tensor.type, tensor.columns)
-        data = part.read(stored.offset + start * size, (stop - start) * size)
-        dtype = FLOAT_TYPES.get(tensor.type, np.dtype(np.uint8))
-        return np.frombuffer(data, dtype).reshape(stop - start, -1)
+        rows = np.empty((stop - start, size), np.uint8)
+        part.read_into(stored.offset + start * size, rows.reshape(-1).data)
+        return rows.view(FLOAT_TYPES.get(tensor.type, np.dtype(np.uint8)))
 
     def files(self) -> Sequence[Path]:
         return [part.path for part in self._parts]
@@ -87,8 +85,7 @@ def _split_parts(path: Path) -> list[Path]:
         return [path]
     count = int(match["count"])
     parts = [
-        path.with_name(f"{match['stem']}-{number:05d}-of-{count:05d}.gguf")
-        for number in range(1, count + 1)
+        path.with_name(f"{match['stem']}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)
     ]
     missing = [part.name for part in parts if not part.exists()]
     if missing:

@@ -1,0 +1,194 @@
+"""quant_presets.yaml: which quantization types there are, what each is good for, and named sets of them."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from localmix.errors import FileError, InputError, UsageError
+from localmix.tensor_types import TensorType
+
+IMATRIX_NEEDS = ("required", "recommended", "optional", "unused")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Tensors whose name matches the regular expression get this type."""
+
+    tensor: str
+    type: TensorType
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One way to give every tensor a type; see the head of quant_presets.yaml for the fields."""
+
+    name: str
+    base: str
+    imatrix: str = "optional"
+    advice: str = ""
+    rules: tuple[Rule, ...] = ()
+    output: TensorType | None = None
+    embedding: TensorType | None = None
+    pure: bool = False
+
+
+@dataclass(frozen=True)
+class Presets:
+    """All presets by name, short names for some, and named sets."""
+
+    presets: Mapping[str, Preset]
+    aliases: Mapping[str, str]
+    sets: Mapping[str, tuple[str, ...]]
+
+    def canonical(self, name: str) -> str:
+        """The preset's own name: `q4_k` is `Q4_K_M`.
+
+        Raises:
+            UsageError: no preset is called so; the nearest names are in the hint.
+        """
+        known = {preset.upper(): preset for preset in self.presets}
+        known |= {alias.upper(): preset for alias, preset in self.aliases.items()}
+        found = known.get(name.upper())
+        if found is None:
+            near = difflib.get_close_matches(name.upper(), known, n=3, cutoff=0.4)
+            hint = f"Did you mean {', '.join(near)}?" if near else f"Known types: {', '.join(self.presets)}."
+            raise UsageError(f"There is no quantization type {name!r}.", hint)
+        return found
+
+    def find(self, name: str) -> Preset:
+        """A preset by its name, a short name, in any case.
+
+        Raises:
+            UsageError: as `canonical`.
+        """
+        return self.presets[self.canonical(name)]
+
+    def find_set(self, name: str) -> tuple[str, ...]:
+        """The presets' names of a named set.
+
+        Raises:
+            UsageError: there is no such set.
+        """
+        if name not in self.sets:
+            raise UsageError(f"There is no set of types {name!r}.", f"Known sets: {', '.join(self.sets)}.")
+        return self.sets[name]
+
+
+def tensor_type(name: str) -> TensorType:
+    """A tensor's type by name, in any case.
+
+    Raises:
+        UsageError: ggml has no such type.
+    """
+    by_name = {kind.name.upper(): kind for kind in TensorType}
+    if name.upper() not in by_name:
+        near = difflib.get_close_matches(name.upper(), by_name, n=3, cutoff=0.4)
+        raise UsageError(
+            f"There is no tensor type {name!r}.", f"Did you mean {' or '.join(near)}?" if near else ""
+        )
+    return by_name[name.upper()]
+
+
+def shipped_path() -> Path:
+    """quant_presets.yaml as installed with the package, or at the root of a checkout."""
+    inside = Path(__file__).with_name("quant_presets.yaml")
+    return inside if inside.exists() else Path(__file__).parent.parent / "quant_presets.yaml"
+
+
+@functools.cache
+def load_presets(path: Path | None = None) -> Presets:
+    """Read presets; without a path those that came with localmix.
+
+    Raises:
+        FileError: the file cannot be read.
+        InputError: the file is broken; the sentence says which entry and why.
+    """
+    path = path or shipped_path()
+    try:
+        content = yaml.safe_load(path.read_text("utf-8"))
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    reader = _Reader(path)
+    top = reader.mapping(content, "the file", ("presets", "aliases", "sets"))
+    presets = {
+        str(name): reader.preset(str(name), fields)
+        for name, fields in reader.mapping(top.get("presets"), "presets").items()
+    }
+    aliases = {str(key): str(name) for key, name in reader.mapping(top.get("aliases"), "aliases").items()}
+    sets = {
+        str(key): tuple(map(str, reader.sequence(names, f"the set {key}")))
+        for key, names in reader.mapping(top.get("sets"), "sets").items()
+    }
+    for where, name in [
+        *((f"the alias {alias}", name) for alias, name in aliases.items()),
+        *((f"the set {key}", name) for key, names in sets.items() for name in names),
+    ]:
+        if name not in presets:
+            raise reader.error(where, f"names {name}, which is no preset of this file")
+    return Presets(presets, aliases, sets)
+
+
+class _Reader:
+    """Turns parsed YAML into presets, naming the entry that is wrong."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def error(self, where: str, reason: str) -> InputError:
+        return InputError(
+            f"{self._path}: {where} {reason}.", "The head of quant_presets.yaml lists the fields."
+        )
+
+    def mapping(self, value: Any, where: str, keys: Sequence[str] | None = None) -> Mapping[str, Any]:
+        if value is None:
+            return {}
+        if not isinstance(value, dict):
+            raise self.error(where, "is not a mapping")
+        for key in value:
+            if keys is not None and key not in keys:
+                raise self.error(where, f"has the unknown field '{key}'")
+        return value
+
+    def sequence(self, value: Any, where: str) -> Sequence[Any]:
+        if not isinstance(value, list):
+            raise self.error(where, "is not a list")
+        return value
+
+    def type(self, value: Any, where: str) -> TensorType:
+        try:
+            return tensor_type(str(value))
+        except UsageError as error:
+            raise self.error(where, f"names {value}, which is no tensor type") from error
+
+    def preset(self, name: str, value: Any) -> Preset:
+        where = f"the preset {name}"
+        names = ("base", "rules", "output", "embedding", "imatrix", "advice", "pure")
+        fields = self.mapping(value, where, names)
+        imatrix = fields.get("imatrix", "optional")
+        if imatrix not in IMATRIX_NEEDS:
+            raise self.error(where, f"says imatrix: {imatrix}; one of {', '.join(IMATRIX_NEEDS)} is meant")
+        rules = []
+        for rule in self.sequence(fields.get("rules", []), where):
+            entry = self.mapping(rule, f"a rule of {where}", ("tensor", "type"))
+            if set(entry) != {"tensor", "type"}:
+                raise self.error(f"a rule of {where}", "needs the fields tensor and type")
+            rules.append(Rule(str(entry["tensor"]), self.type(entry["type"], where)))
+        return Preset(
+            name,
+            str(fields.get("base", name)),
+            imatrix,
+            str(fields.get("advice", "")),
+            tuple(rules),
+            self.type(fields["output"], where) if "output" in fields else None,
+            self.type(fields["embedding"], where) if "embedding" in fields else None,
+            bool(fields.get("pure", False)),
+        )

@@ -1,0 +1,140 @@
+"""quantize: one read of a model becomes one file for each type."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from localmix.errors import UsageError
+from localmix.importance import Importance, load_importance
+from localmix.native.devices import default_threads
+from localmix.plan import Plan, Planner, check_importance, check_quantizable
+from localmix.presets import Preset, Rule, tensor_type
+from localmix.sources.base import Source
+from localmix.sources.open import open_source
+from localmix.stream import Progress, write_outputs
+
+
+@dataclass(frozen=True)
+class OutputSummary:
+    """One finished (or, in a dry run, planned) file.
+
+    Attributes:
+        bpw: mean bits of a weight.
+        fallbacks: tensors whose columns fit no block of the type that was meant, as `NAME: MEANT -> TYPE`.
+    """
+
+    path: Path
+    type: str
+    bytes: int
+    bpw: float
+    fallbacks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What a run of `quantize` made."""
+
+    outputs: tuple[OutputSummary, ...]
+    seconds: float
+    notes: tuple[str, ...]
+
+
+def parse_rule(spec: str) -> Rule:
+    """`PATTERN=TYPE` as a rule.
+
+    Raises:
+        UsageError: there is no `=`, or the type does not exist.
+    """
+    pattern, sign, kind = spec.rpartition("=")
+    if not (pattern and sign):
+        raise UsageError(f"{spec!r} is no tensor rule.", "Write PATTERN=TYPE, such as attn_v=Q6_K.")
+    return Rule(pattern, tensor_type(kind))
+
+
+def plan_outputs(
+    source: Source,
+    presets: Sequence[Preset],
+    importance: Importance | None = None,
+    rules: Sequence[Rule] = (),
+) -> list[Plan]:
+    """Plan every output and refuse what cannot end well, before any weight is read.
+
+    Raises:
+        InputError: the source is quantized already, or a type needs an importance row that is missing.
+    """
+    planner = Planner(source)
+    plans = [planner.plan(preset, rules=rules, importance=importance) for preset in presets]
+    for plan in plans:
+        check_quantizable(plan, source)
+        check_importance(plan, importance)
+    return plans
+
+
+def coverage_notes(source: Source, importance: Importance) -> list[str]:
+    """Sentences about experts that the calibration text never reached: every column of theirs counts the same."""
+    notes = []
+    for tensor in source.tensors:
+        entry = importance.entries.get(tensor.name)
+        if entry is not None and entry.uncovered:
+            experts = ", ".join(map(str, entry.uncovered))
+            notes.append(
+                f"{tensor.name}: no calibration token reached expert {experts};"
+                " all its columns count the same. A longer calibration text helps."
+            )
+    return notes
+
+
+def quantize(
+    model: Path,
+    outputs: Sequence[tuple[Preset, Path]],
+    *,
+    imatrix: Path | None = None,
+    rules: Sequence[Rule] = (),
+    threads: int | None = None,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> Quantized:
+    """Quantize a checkpoint or a BF16, F16 or F32 GGUF file to one or more types in one pass.
+
+    Args:
+        model: checkpoint folder or GGUF file.
+        outputs: presets, each with the file to write.
+        imatrix: the importance matrix, used for every type that can.
+        rules: types for tensors by name, before the preset's own.
+        threads: defaults to the cores at hand.
+        dry_run: plan and check only.
+        progress: called with (weights done, weights in all, tensor's name).
+
+    Raises:
+        LocalmixError: see `sources.open`, `plan`, `importance` and `stream`.
+    """
+    started = time.monotonic()
+    with open_source(model) as source:
+        importance = load_importance(imatrix) if imatrix is not None else None
+        plans = plan_outputs(source, [preset for preset, _ in outputs], importance, rules)
+        paths = [path for _, path in outputs]
+        notes = [*source.notes, *(coverage_notes(source, importance) if importance else ())]
+        if not dry_run:
+            write_outputs(
+                source,
+                list(zip(plans, paths, strict=True)),
+                importance,
+                threads=threads or default_threads(),
+                progress=progress,
+            )
+    summaries = tuple(
+        OutputSummary(path, plan.type, plan.file_bytes, plan.bits_per_weight, _describe_fallbacks(plan))
+        for plan, path in zip(plans, paths, strict=True)
+    )
+    return Quantized(summaries, time.monotonic() - started, tuple(notes))
+
+
+def _describe_fallbacks(plan: Plan) -> tuple[str, ...]:
+    return tuple(
+        f"{tensor.info.name}: {tensor.meant.name} -> {tensor.type.name}"
+        for tensor in plan.fallbacks
+        if tensor.meant is not None
+    )

@@ -1,0 +1,198 @@
+"""Stream: produce every slice of every output from one read of the source, on all cores, in bounded memory."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from localmix.errors import InputError
+from localmix.importance import Importance
+from localmix.native.kernels import prepare, quantize_rows
+from localmix.output import OutputFile, check_outputs
+from localmix.plan import Plan, PlannedTensor
+from localmix.sources.base import Source, TensorInfo
+from localmix.tensor_types import FLOAT_TYPES, TensorType, widen
+
+Progress = Callable[[int, int, str], None]
+
+# Weights in a slice: 4 MB as float32. Small enough that a handful of slices in flight stay far below 300 MB and
+# that no core is left with a long last slice, large enough that Python's part of the work does not show.
+SLICE_WEIGHTS = 1 << 20
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """Rows of one tensor, never of two experts: each expert has an importance row of its own."""
+
+    tensor: int
+    start: int
+    stop: int
+    expert: int
+
+
+def _slices(tensors: Sequence[TensorInfo]) -> Iterator[_Slice]:
+    for index, tensor in enumerate(tensors):
+        rows_per_expert = tensor.shape[-2] if len(tensor.shape) > 1 else 1
+        step = max(1, SLICE_WEIGHTS // tensor.columns)
+        for first in range(0, tensor.rows, rows_per_expert):
+            for start in range(first, first + rows_per_expert, step):
+                stop = min(start + step, first + rows_per_expert)
+                yield _Slice(index, start, stop, first // rows_per_expert)
+
+
+def write_outputs(
+    source: Source,
+    outputs: Sequence[tuple[Plan, Path]],
+    importance: Importance | None = None,
+    *,
+    threads: int,
+    progress: Progress | None = None,
+) -> None:
+    """Write one file for each plan, reading and widening each weight once.
+
+    All files appear together at the end, or none does.
+
+    Args:
+        outputs: plans of this source, each with its final path.
+        importance: the importance matrix for all of them.
+        threads: slices in work at once.
+        progress: called with (weights done, weights in all, tensor's name).
+
+    Raises:
+        InputError: NaN or Inf in the source (the tensor and the place are named), a value that F16 cannot hold,
+            or the source changed meanwhile.
+        CapacityError, FileError, UsageError: see `output.check_outputs`.
+    """
+    check_outputs([(path, plan.file_bytes) for plan, path in outputs], source.files())
+    with ExitStack() as stack:
+        files = [stack.enter_context(OutputFile(path, plan.file_bytes)) for plan, path in outputs]
+        for (plan, _), file in zip(outputs, files, strict=True):
+            file.write(0, plan.header)
+        plans = [plan.tensors for plan, _ in outputs]
+        for kind in {tensor.type for plan in plans for tensor in plan} - set(FLOAT_TYPES):
+            prepare(kind)
+        worker = _SliceWorker(source, plans, files, importance)
+        _run(worker, list(_slices(source.tensors)), source, threads, progress)
+        source.check_unchanged()
+        for file in files:
+            file.commit()
+
+
+class _SliceWorker:
+    """Makes one slice of all outputs; called from several threads."""
+
+    def __init__(
+        self,
+        source: Source,
+        plans: Sequence[Sequence[PlannedTensor]],
+        files: Sequence[OutputFile],
+        importance: Importance | None,
+    ) -> None:
+        self._source = source
+        self._plans = plans
+        self._files = files
+        self._importance = importance
+        self._rows: tuple[str, npt.NDArray[np.float32] | None] = "", None
+        self._lock = threading.Lock()
+
+    def _importance_row(self, info: TensorInfo, expert: int) -> npt.NDArray[np.float32] | None:
+        if self._importance is None:
+            return None
+        with self._lock:  # the mean is taken once for a tensor, not for each of its slices
+            if self._rows[0] != info.name:
+                self._rows = info.name, self._importance.rows(info)
+            rows = self._rows[1]
+        return None if rows is None else np.ascontiguousarray(rows[expert])
+
+    def __call__(self, part: _Slice) -> int:
+        """Read, quantize and place one slice; returns its number of weights."""
+        info = self._source.tensors[part.tensor]
+        stored = self._source.read(info, part.start, part.stop)
+        wide: npt.NDArray[np.float32] | None = None
+        if info.type in FLOAT_TYPES:
+            _check_finite(stored, info, part.start, self._source)
+        for plan, file in zip(self._plans, self._files, strict=True):
+            tensor = plan[part.tensor]
+            if tensor.type == info.type:
+                encoded: npt.NDArray[Any] = np.ascontiguousarray(stored)
+            else:
+                if wide is None:
+                    wide = np.ascontiguousarray(widen(stored, info.type))
+                encoded = quantize_rows(tensor.type, wide, self._importance_row(info, part.expert))
+                if tensor.type == TensorType.F16:
+                    _check_half(encoded, wide, info, part.start, self._source)
+            row = tensor.bytes // info.rows
+            file.write(tensor.offset + part.start * row, encoded.reshape(-1).view(np.uint8).data)
+        return (part.stop - part.start) * info.columns
+
+
+def _check_finite(stored: npt.NDArray[Any], info: TensorInfo, start: int, source: Source) -> None:
+    """Find NaN and Inf by their exponent bits, which costs less than widening."""
+    if info.type == TensorType.F32:
+        bits, exponent = stored.view(np.uint32), np.uint32(0x7F800000)
+    else:
+        bits = stored.view(np.uint16)
+        exponent = np.uint16(0x7F80 if info.type == TensorType.BF16 else 0x7C00)
+    bad = (bits & exponent) == exponent
+    if bad.any():
+        row, column = (int(at) for at in np.argwhere(bad)[0])
+        value = widen(stored[row : row + 1], info.type)[0, column]
+        raise InputError(
+            f"{source.path}: {info.name} holds {value} at row {start + row}, column {column}.",
+            "The checkpoint is damaged or was never finite; download or merge it again.",
+        )
+
+
+def _check_half(
+    encoded: npt.NDArray[np.uint8],
+    wide: npt.NDArray[np.float32],
+    info: TensorInfo,
+    start: int,
+    source: Source,
+) -> None:
+    overflow = np.isinf(encoded.view(np.float16))
+    if overflow.any():
+        row, column = (int(at) for at in np.argwhere(overflow)[0])
+        raise InputError(
+            f"{source.path}: {info.name} holds {wide[row, column]:g} at row {start + row}, column {column},"
+            " which F16 cannot hold.",
+            "Use BF16 instead of F16.",
+        )
+
+
+def _run(
+    worker: _SliceWorker,
+    slices: Sequence[_Slice],
+    source: Source,
+    threads: int,
+    progress: Progress | None,
+) -> None:
+    """Keep the threads busy with a short queue, and stop them all at the first error or Ctrl-C."""
+    total, done = source.parameters, 0
+    waiting: dict[Future[int], _Slice] = {}
+    todo = iter(slices)
+    with ThreadPoolExecutor(threads, thread_name_prefix="quantize") as pool:
+        try:
+            while True:
+                while len(waiting) < 2 * threads and (part := next(todo, None)) is not None:
+                    waiting[pool.submit(worker, part)] = part
+                if not waiting:
+                    return
+                # a timeout lets Ctrl-C through on Windows, where a wait for ever is deaf
+                finished, _ = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    part = waiting.pop(future)
+                    done += future.result()
+                    if progress is not None:
+                        progress(done, total, source.tensors[part.tensor].name)
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise

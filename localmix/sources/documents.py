@@ -1,4 +1,4 @@
-"""JSON files of a checkpoint, read with bounds: size, encoding, nesting, and duplicate keys where they matter."""
+"""JSON files of a checkpoint, read with bounds: size, encoding, nesting, duplicate keys."""
 
 from __future__ import annotations
 
@@ -55,9 +55,7 @@ def parse_json(data: bytes, origin: str, *, unique_keys: bool = False, encoding:
     try:
         return json.loads(data.decode(encoding), object_pairs_hook=collect if unique_keys else None)
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"{origin} is not UTF-8 (byte {error.start}).", "Download the file again."
-        ) from error
+        raise InputError(f"{origin} is not UTF-8 (byte {error.start}).", "Download the file again.") from error
     except RecursionError as error:
         raise InputError(f"{origin} is nested too deep to be what it claims.") from error
     except ValueError as error:

@@ -137,6 +137,4 @@ def read_whole(path: Path, limit: int) -> bytes:
 def refuse_pointer(path: Path, head: bytes) -> None:
     """Raise InputError when a file is Git LFS's placeholder instead of the file."""
     if head.startswith(LFS_POINTER):
-        raise InputError(
-            f"{path} is a Git LFS pointer, not the file itself.", "Run `git lfs pull` in that folder."
-        )
+        raise InputError(f"{path} is a Git LFS pointer, not the file itself.", "Run `git lfs pull` in that folder.")

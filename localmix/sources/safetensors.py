@@ -79,7 +79,8 @@ class StoredTensor:
         kind = WEIGHT_DTYPES[self.dtype]
         rows = np.empty((stop - start, columns), kind)
         if rows.size:
-            self.file.read_into(self.offset + start * columns * kind.itemsize, memoryview(rows.view("u1")).cast("B"))
+            position = self.offset + start * columns * kind.itemsize
+            self.file.read_into(position, rows.view(np.uint8).reshape(-1).data)
         return rows
 
 
@@ -150,7 +151,7 @@ def _read_header(file: PositionalFile) -> dict[str, StoredTensor]:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def _read_entry(path: Path, name: str, entry: object, room: int) -> tuple[str, tuple[int, ...], int, int]:
@@ -167,12 +168,11 @@ def _read_entry(path: Path, name: str, entry: object, room: int) -> tuple[str, t
         raise _broken(path, f"tensor {shown(name)} has impossible data_offsets {shown(str(offsets))}")
     begin, end = offsets
     if not begin <= end <= room:
-        raise _broken(path, f"tensor {shown(name)} lies at {begin}…{end}, the file holds {room} bytes of data")
+        raise _broken(path, f"tensor {shown(name)} lies at {begin}…{end} of {room} bytes of data")
     needed = math.prod(shape) * bits
     if needed != (end - begin) * 8:
-        raise _broken(
-            path, f"tensor {shown(name)} is {dtype} {shape}: {needed // 8} bytes, but {end - begin} are given"
-        )
+        lengths = f"{needed // 8} bytes, but {end - begin} are given"
+        raise _broken(path, f"tensor {shown(name)} is {dtype} {shown(str(shape))}: {lengths}")
     return dtype, tuple(shape), begin, end
 
 

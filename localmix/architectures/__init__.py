@@ -1,0 +1,39 @@
+"""The table of architectures: `model_type` of a config.json → the row that converts it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from localmix.architectures.base import Architecture
+from localmix.architectures.llama import LLAMA, MISTRAL, MIXTRAL
+from localmix.errors import InputError
+from localmix.sources.documents import shown
+
+ARCHITECTURES: Mapping[str, Architecture] = {row.model_type: row for row in (LLAMA, MISTRAL, MIXTRAL)}
+
+
+def find_architecture(config: Mapping[str, Any], path: Path) -> Architecture:
+    """The row for a config.json.
+
+    Args:
+        config: its content.
+        path: the file, for messages.
+
+    Raises:
+        InputError: nothing here converts this model.
+    """
+    known = f"Known are {', '.join(ARCHITECTURES)}."
+    model_type = config.get("model_type")
+    row = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
+    if row is None:
+        raise InputError(f"{path}: model_type {shown(str(model_type))} cannot be converted.", known)
+    classes = config.get("architectures") or row.classes[:1]
+    # The same model_type also names classifiers and reward models, which have no vocabulary to predict.
+    if not isinstance(classes, list | tuple) or classes[0] not in row.classes:
+        raise InputError(
+            f"{path}: architectures {shown(str(classes))} is not a text generator of type {model_type}.",
+            f"Expected is {' or '.join(row.classes)}.",
+        )
+    return row

@@ -1,0 +1,510 @@
+"""A Hugging Face checkpoint folder as a Source: config.json, safetensors, tokenizer; nothing is executed.
+
+What the folder should hold follows from config.json and the architecture's row; everything is compared with
+that before the first weight is read. A folder without weights gives a source that can only be planned.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from gguf.constants import GGUFValueType as ValueType
+from gguf.utility import size_label
+
+from localmix.architectures import find_architecture
+from localmix.architectures.base import (
+    LEFTOVERS,
+    MOST_TOKENS,
+    QUANTIZED_ENDINGS,
+    Architecture,
+    ExpectedTensor,
+    Number,
+)
+from localmix.errors import FileError, InputError
+from localmix.sources.base import MetaValue, ShapeOnlySource, Source, TensorInfo, f32, text
+from localmix.sources.documents import listed, read_object, read_optional_object, shown
+from localmix.sources.safetensors import WEIGHT_DTYPES, Shard, StoredTensor, open_shard
+from localmix.sources.tokenizer import has_tokenizer, read_tokenizer
+from localmix.tensor_types import FLOAT_TYPES, TensorType, widen
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+_DOWNLOAD = "Download the checkpoint again, for example with `localmix pull`."
+
+_UNQUANTIZED = "Take the original checkpoint in bf16, f16 or f32; localmix quantizes it itself."
+
+# Files of weights that only run through Python's pickle.
+_PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+
+# Safetensors files in the same folder that are not the model.
+_NOT_THE_MODEL = ("adapter_", "consolidated", "optimizer")
+
+_NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.safetensors")
+
+# A plain name of a file in the same folder: no separators, no drive, no NUL, not hidden.
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_\-][A-Za-z0-9_.\-]*\.safetensors")
+
+_LAYER_NUMBER = re.compile(r"\.layers\.(\d{1,9})\.")
+
+# How the hub's cache names the folder of a repository.
+_CACHED = re.compile(r"models--(?:.+--)?(?P<name>.+)")
+
+_UNTIED_HEAD = "output.weight"
+_MOST_SENTENCES = 4
+
+_TYPES: Mapping[str, TensorType] = {"BF16": TensorType.BF16, "F16": TensorType.F16, "F32": TensorType.F32}
+
+_CONFIG_TYPES: Mapping[str, TensorType] = {
+    "bfloat16": TensorType.BF16,
+    "float16": TensorType.F16,
+    "float32": TensorType.F32,
+}
+
+
+def _i32(value: int) -> MetaValue:
+    return MetaValue(ValueType.INT32, int(value))
+
+
+# generation_config.json → the sampling settings that llama.cpp's programs start from.
+_SAMPLING: Mapping[str, tuple[str, Callable[[Any], MetaValue]]] = {
+    "top_k": ("top_k", _i32),
+    "top_p": ("top_p", f32),
+    "min_p": ("min_p", f32),
+    "xtc_probability": ("xtc_probability", f32),
+    "xtc_threshold": ("xtc_threshold", f32),
+    "temperature": ("temp", f32),
+    "penalty_last_n": ("penalty_last_n", _i32),
+    "repetition_penalty": ("penalty_repeat", f32),
+    "penalty_repeat": ("penalty_repeat", f32),
+    "mirostat": ("mirostat", _i32),
+    "mirostat_tau": ("mirostat_tau", f32),
+    "mirostat_eta": ("mirostat_eta", f32),
+}
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where the rows of one GGUF tensor come from: stored tensors one after the other, or computed values."""
+
+    parts: tuple[StoredTensor, ...]
+    heads: int
+    values: npt.NDArray[np.float32] | None = None
+
+
+class Checkpoint(Source):
+    """A checkpoint with weights; made by `open_checkpoint`."""
+
+    def __init__(
+        self,
+        path: Path,
+        metadata: dict[str, MetaValue],
+        tensors: Sequence[TensorInfo],
+        notes: list[str],
+        layouts: Mapping[str, _Layout],
+        shards: Sequence[Shard],
+    ) -> None:
+        self.path = path
+        self.metadata = metadata
+        self.tensors = tensors
+        self.notes = notes
+        self._layouts = layouts
+        self._shards = shards
+
+    def read(self, tensor: TensorInfo, start: int, stop: int) -> npt.NDArray[Any]:
+        layout = self._layouts[tensor.name]
+        if not 0 <= start <= stop <= tensor.rows:
+            raise IndexError(f"rows {start}:{stop} of {tensor.name}, which has {tensor.rows}")
+        if layout.values is not None:
+            return layout.values.reshape(1, -1)[start:stop]
+        rows_of_part = tensor.rows // len(layout.parts)
+        pieces: list[npt.NDArray[Any]] = []
+        while start < stop:
+            number, first = divmod(start, rows_of_part)
+            last = min(rows_of_part, first + stop - start)
+            rows = _read_rows(layout.parts[number], tensor, layout.heads, first, last)
+            pieces.append(_as_type(rows, layout.parts[number].dtype, tensor.type))
+            start += last - first
+        if len(pieces) == 1:
+            return pieces[0]
+        return np.concatenate(pieces) if pieces else np.empty((0, tensor.columns), FLOAT_TYPES[tensor.type])
+
+    def files(self) -> Sequence[Path]:
+        return [shard.path for shard in self._shards]
+
+    def check_unchanged(self) -> None:
+        for shard in self._shards:
+            shard.file.check_unchanged()
+
+    def close(self) -> None:
+        for shard in self._shards:
+            shard.close()
+
+
+def _read_rows(part: StoredTensor, tensor: TensorInfo, heads: int, first: int, last: int) -> npt.NDArray[Any]:
+    """Rows `[first:last)` of one stored tensor in the order of the GGUF file, in the stored dtype."""
+    if len(tensor.shape) == 1:
+        values = part.read_rows(0, part.shape[0])
+        return (_interleave(values, part.shape[0] // heads) if heads else values).reshape(1, -1)[first:last]
+    if not heads:
+        return part.read_rows(first, last)
+    # Rows move within their head only, so the heads that the slice touches are read whole.
+    size = part.shape[0] // heads
+    start = first // size * size
+    stop = -(-last // size) * size
+    return _interleave(part.read_rows(start, stop), size)[first - start : last - start]
+
+
+def _interleave(rows: npt.NDArray[Any], head_size: int) -> npt.NDArray[Any]:
+    """Rows of whole heads, from transformers' rotary halves to llama.cpp's pairs: 0, h/2, 1, h/2 + 1, …"""
+    halves = rows.reshape(-1, 2, head_size // 2, rows.shape[1])
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows.shape)
+
+
+def _as_type(rows: npt.NDArray[Any], dtype: str, kind: TensorType) -> npt.NDArray[Any]:
+    """Rows of a stored dtype as the type the tensor is handed out in: the same one, or F32."""
+    stored = _TYPES.get(dtype)
+    if stored == kind:
+        return rows
+    return rows.astype(np.float32) if stored is None else widen(rows, stored)
+
+
+def open_checkpoint(path: Path) -> Source:
+    """Open a checkpoint folder and check it in full, except for the weights themselves.
+
+    Args:
+        path: a folder with config.json, safetensors files and a sentencepiece tokenizer. Without any file of
+            weights the result can be planned but not read.
+
+    Raises:
+        InputError: broken, incomplete, already quantized, or of a kind that is not converted.
+        FileError: the file system refuses.
+    """
+    path = Path(path)
+    names = _list_folder(path)
+    config_path = path / CONFIG
+    if CONFIG not in names:
+        raise InputError(f"{path} has no {CONFIG}, so it is not a checkpoint.", _hint_without_config(names))
+    config = read_object(config_path)
+    _refuse_quantized_config(config, config_path)
+    row = find_architecture(config, config_path)
+    settings = row.settings(config, config_path)
+    notes: list[str] = []
+    with ExitStack() as opened:
+        shards = _open_shards(path, names, opened)
+        stored = _collect(path, shards, notes)
+        if shards:
+            settings["vocab_size"] = _embedding_rows(row, settings, stored, config_path, notes)
+        derived = row.derive(config, settings, config_path)
+        notes += [f"{config_path}: {note}." for note in derived.notes]
+        expected = row.tensors(settings)
+        layouts = _match(path, row, expected, stored) if shards else {}
+        float_type = _config_type(config)
+        tensors = [TensorInfo(name, values.shape, TensorType.F32) for name, values in derived.tensors.items()]
+        for tensor in expected:
+            if tensor.name in layouts or (tensor.required and not shards):
+                kind = _handed_out_as(tensor, layouts.get(tensor.name), float_type)
+                tensors.append(TensorInfo(tensor.name, tensor.shape, kind))
+        layouts |= {name: _Layout((), 0, values) for name, values in derived.tensors.items()}
+        metadata = _general_metadata(path, row, tensors)
+        metadata |= row.metadata(settings)
+        metadata |= derived.metadata
+        if shards or has_tokenizer(path):
+            tokenizer = read_tokenizer(path, config, int(settings["vocab_size"]), row.extra_tokens)
+            metadata |= tokenizer.metadata
+            notes += tokenizer.notes
+        opened.pop_all()
+    if not shards:
+        return ShapeOnlySource(path, metadata, tensors, notes)
+    return Checkpoint(path, metadata, tensors, notes, layouts, shards)
+
+
+def _list_folder(path: Path) -> set[str]:
+    try:
+        return set(os.listdir(path))
+    except NotADirectoryError as error:
+        raise InputError(f"{path} is a file; a checkpoint is a folder with {CONFIG}.") from error
+    except OSError as error:
+        raise FileError(f"{path} cannot be opened: {error.strerror or error}.") from error
+
+
+def _hint_without_config(names: set[str]) -> str:
+    """The next step for the folders that are taken for a checkpoint most often."""
+    if "adapter_config.json" in names:
+        return "It is a LoRA adapter: give the folder of the base model, and the adapter with --lora."
+    if any(name.endswith(".gguf") for name in names):
+        return "To use a GGUF file, give the file itself."
+    return _DOWNLOAD
+
+
+def _refuse_quantized_config(config: Mapping[str, Any], path: Path) -> None:
+    block = config.get("quantization_config")
+    if block:
+        method = block.get("quant_method") if isinstance(block, dict) else None
+        raise InputError(
+            f"{path}: the checkpoint is already quantized ({shown(str(method or 'quantization_config'))}).",
+            _UNQUANTIZED,
+        )
+
+
+def _open_shards(path: Path, names: set[str], opened: ExitStack) -> list[Shard]:
+    """All shards of the folder, open; none if it holds no weights at all.
+
+    Raises:
+        InputError: shards are missing, disagree with the index, or only pickled weights are there.
+    """
+    found = sorted(name for name in names if name.endswith(".safetensors") and not name.startswith(_NOT_THE_MODEL))
+    weight_map: dict[str, str] = {}
+    if INDEX in names:
+        weight_map = _read_index(path / INDEX)
+        wanted = sorted(set(weight_map.values()))
+    elif SINGLE in names:
+        wanted = [SINGLE]
+    else:
+        wanted = _with_gaps(found)
+    missing = [name for name in wanted if name not in names]
+    if missing:
+        raise InputError(
+            f"{path} lacks {len(missing)} of {len(wanted)} shards: {listed(missing, len(missing))}.",
+            _DOWNLOAD,
+        )
+    if not wanted:
+        pickled = sorted(name for name in names if name.endswith(_PICKLED))
+        if pickled:
+            raise InputError(
+                f"{path} holds its weights only as {listed(pickled, 3)}: reading pickled files can run "
+                "whatever code they contain, so they are refused.",
+                "Take a revision with .safetensors files.",
+            )
+    shards: list[Shard] = []
+    for name in wanted:
+        shards.append(open_shard(path / name))
+        opened.callback(shards[-1].close)
+    if weight_map:
+        _compare_with_index(path / INDEX, weight_map, shards)
+    return shards
+
+
+def _with_gaps(found: Sequence[str]) -> list[str]:
+    """Shard names found without an index, completed with those that their numbering says should be there."""
+    wanted = set(found)
+    for name in found:
+        numbered = _NUMBERED.fullmatch(name)
+        if numbered:
+            total = int(numbered["total"])
+            wanted |= {f"{numbered['stem']}-{number:05}-of-{total:05}.safetensors" for number in range(1, total + 1)}
+    return sorted(wanted)
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor name → shard name, every shard name checked to be a plain file name of this folder."""
+    weight_map = read_object(path, unique_keys=True).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{path} has no weight_map.", _DOWNLOAD)
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str) or not _SHARD_NAME.fullmatch(shard):
+            raise InputError(
+                f"{path} places tensor {shown(tensor)} in {shown(str(shard))}, "
+                "which is not the name of a safetensors file in this folder.",
+                "It is not opened; take the checkpoint from a source you trust.",
+            )
+    return weight_map
+
+
+def _compare_with_index(path: Path, weight_map: Mapping[str, str], shards: Sequence[Shard]) -> None:
+    for shard in shards:
+        placed = {tensor for tensor, name in weight_map.items() if name == shard.path.name}
+        absent, extra = placed - shard.tensors.keys(), shard.tensors.keys() - placed
+        if absent or extra:
+            problems = [f"lacks {listed(sorted(absent), 3)}"] if absent else []
+            problems += [f"holds {listed(sorted(extra), 3)} besides"] if extra else []
+            raise InputError(f"{shard.path} disagrees with {path.name}: it {' and '.join(problems)}.", _DOWNLOAD)
+
+
+def _collect(path: Path, shards: Sequence[Shard], notes: list[str]) -> dict[str, StoredTensor]:
+    """All tensors of all shards by name, without known leftovers.
+
+    Raises:
+        InputError: a tensor in two shards, quantized weights, or weights that are not floating point.
+    """
+    stored: dict[str, StoredTensor] = {}
+    dropped: list[str] = []
+    for shard in shards:
+        for name, tensor in shard.tensors.items():
+            if name in stored:
+                both = f"{stored[name].file.path.name} and in {shard.path.name}"
+                raise InputError(f"{path}: tensor {shown(name)} is in {both}.", _DOWNLOAD)
+            stored[name] = tensor
+    for name in list(stored):
+        method = next((method for ending, method in QUANTIZED_ENDINGS.items() if name.endswith(ending)), None)
+        if method:
+            raise InputError(
+                f"{path}: the checkpoint is already quantized ({method}): it holds {shown(name)}.",
+                _UNQUANTIZED,
+            )
+        if LEFTOVERS.search(name):
+            del stored[name]
+            dropped.append(name)
+    for name, tensor in stored.items():
+        if tensor.dtype not in WEIGHT_DTYPES:
+            raise InputError(
+                f"{tensor.file.path}: tensor {shown(name)} is {tensor.dtype}; "
+                f"weights must be {', '.join(WEIGHT_DTYPES)}.",
+                _UNQUANTIZED,
+            )
+    if dropped:
+        notes.append(f"{path}: {len(dropped)} leftover tensors are dropped: {listed(dropped, 3)}.")
+    return stored
+
+
+def _embedding_rows(
+    row: Architecture,
+    settings: Mapping[str, Number],
+    stored: Mapping[str, StoredTensor],
+    config_path: Path,
+    notes: list[str],
+) -> int:
+    """Size of the vocabulary: that of config.json, or the embedding's where it has more rows."""
+    said = int(settings["vocab_size"])
+    embedding = stored.get(row.rules[0].source)
+    if embedding is None or len(embedding.shape) != 2 or embedding.shape[0] == said:
+        return said
+    rows = embedding.shape[0]
+    if rows < said or rows > MOST_TOKENS:
+        raise InputError(
+            f"{config_path}: vocab_size is {said}, but {embedding.name} in {embedding.file.path.name} has {rows} rows.",
+            "config.json and weights belong to different models.",
+        )
+    notes.append(f"{config_path}: vocab_size is {said}, the embedding's {rows} rows are kept.")
+    return rows
+
+
+def _match(
+    path: Path, row: Architecture, expected: Sequence[ExpectedTensor], stored: Mapping[str, StoredTensor]
+) -> dict[str, _Layout]:
+    """Stored tensors put in the places that the architecture has for them.
+
+    Raises:
+        InputError: tensors are missing, are of a wrong shape, or belong nowhere.
+    """
+    layouts: dict[str, _Layout] = {}
+    used: set[str] = set()
+    lacking: list[ExpectedTensor] = []
+    for tensor in expected:
+        parts = [stored[name] for name in tensor.sources if name in stored]
+        used.update(part.name for part in parts)
+        if len(parts) == (tensor.shape[0] if tensor.stacked else 1):
+            _require_shape(tensor, parts)
+            layouts[tensor.name] = _Layout(tuple(parts), tensor.heads)
+        elif parts or tensor.required:
+            lacking.append(tensor)
+    problems = _missing_sentences(lacking, stored)
+    unmapped = sorted(stored.keys() - used)
+    if unmapped:
+        problems.append(
+            f"{len(unmapped)} tensors belong nowhere in a {row.model_type} model of this config.json: "
+            + listed(unmapped, 3)
+        )
+    if problems:
+        raise InputError(f"{path}: {'; '.join(problems)}.", "Check that config.json and weights belong together.")
+    return layouts
+
+
+def _require_shape(tensor: ExpectedTensor, parts: Iterable[StoredTensor]) -> None:
+    shape = tensor.shape[1:] if tensor.stacked else tensor.shape
+    for part in parts:
+        if part.shape != shape:
+            raise InputError(
+                f"{part.file.path}: {part.name} has the shape {list(part.shape)}, config.json asks for {list(shape)}.",
+                "config.json and weights belong to different models.",
+            )
+
+
+def _missing_sentences(lacking: Sequence[ExpectedTensor], stored: Mapping[str, StoredTensor]) -> list[str]:
+    """What is absent, most telling first: whole layers, single experts, single tensors."""
+    if not lacking:
+        return []
+    present = {number[1] for number in map(_LAYER_NUMBER.search, stored) if number}
+    layers = sorted({tensor.layer for tensor in lacking if tensor.layer is not None} - set(map(int, present)))
+    sentences = [f"layers {_numbers(layers)} are missing"] if layers else []
+    single: list[str] = []
+    for tensor in lacking:
+        if tensor.layer in layers:
+            continue
+        absent = [(number, name) for number, name in enumerate(tensor.sources) if name not in stored]
+        if tensor.stacked:
+            sentences.append(
+                f"experts {_numbers([number for number, _ in absent])} of {shown(tensor.source)} are missing"
+            )
+        else:
+            single.append(absent[0][1])
+    if single:
+        sentences.append(f"{listed(single)} {'is' if len(single) == 1 else 'are'} missing")
+    if any(tensor.name == _UNTIED_HEAD for tensor in lacking):
+        sentences.append("config.json does not say that it shares the embedding (tie_word_embeddings)")
+    return sentences if len(sentences) <= _MOST_SENTENCES else [*sentences[:_MOST_SENTENCES], "and more"]
+
+
+def _numbers(numbers: Sequence[int]) -> str:
+    head = ", ".join(map(str, numbers[:8]))
+    return f"{head} and {len(numbers) - 8} more" if len(numbers) > 8 else head
+
+
+def _config_type(config: Mapping[str, Any]) -> TensorType:
+    """The type of the weights as config.json tells it; BF16 if it does not."""
+    return _CONFIG_TYPES.get(str(config.get("dtype") or config.get("torch_dtype")), TensorType.BF16)
+
+
+def _handed_out_as(tensor: ExpectedTensor, layout: _Layout | None, float_type: TensorType) -> TensorType:
+    """F32 where every GGUF file has it, else what is stored; experts of mixed types meet in F32."""
+    if tensor.float32:
+        return TensorType.F32
+    if layout is None:
+        return float_type
+    dtypes = {part.dtype for part in layout.parts}
+    return _TYPES.get(dtypes.pop(), TensorType.F32) if len(dtypes) == 1 else TensorType.F32
+
+
+def _general_metadata(path: Path, row: Architecture, tensors: Sequence[TensorInfo]) -> dict[str, MetaValue]:
+    """The `general.` key-values: architecture, kind of file, sampling settings, name and size."""
+    metadata = {"general.architecture": text(row.name), "general.type": text("model")}
+    metadata |= _sampling_metadata(path / "generation_config.json")
+    metadata["general.name"] = text(_model_name(path))
+    experts = [tensor for tensor in tensors if len(tensor.shape) == 3]
+    total = sum(tensor.elements for tensor in tensors)
+    shared = total - sum(tensor.elements for tensor in experts)
+    of_one_expert = sum(tensor.elements // tensor.shape[0] for tensor in experts)
+    count = experts[0].shape[0] if experts else 0
+    metadata["general.size_label"] = text(size_label(total, shared, of_one_expert, count))
+    return metadata
+
+
+def _model_name(path: Path) -> str:
+    """The folder's name; in the hub's cache, where folders are named after revisions, the repository's."""
+    folder = Path(os.path.abspath(path))
+    repository = _CACHED.fullmatch(folder.parent.parent.name) if folder.parent.name == "snapshots" else None
+    name = repository["name"] if repository else folder.name
+    return name.encode("utf-8", "replace").decode("utf-8")
+
+
+def _sampling_metadata(path: Path) -> dict[str, MetaValue]:
+    """The sampling settings of generation_config.json; null means that there is none."""
+    metadata: dict[str, MetaValue] = {}
+    config = read_optional_object(path)
+    for name, (key, write) in _SAMPLING.items():
+        value = config.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 2**31:
+            raise InputError(f"{path}: {name} is {shown(str(value))}, not a number that can be used.")
+        metadata[f"general.sampling.{key}"] = write(value)
+    return metadata

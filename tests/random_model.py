@@ -1,0 +1,95 @@
+"""A tiny Mixtral of random weights as a GGUF file, written by gguf-py: for tests that need no sense, only speed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+WORDS = ["a", "b", "c", "ab", "▁a", "▁b", "▁the", "t", "h", "e", "th", "the", "▁", "▁t", "▁th", "i", "n", "in"]
+
+
+def write_random_model(
+    path: Path,
+    *,
+    layers: int = 2,
+    hidden: int = 256,
+    feed_forward: int = 256,
+    experts: int = 8,
+    context: int = 2048,
+    byte_tokens: bool = True,
+    duplicate: bool = False,
+    poison: str = "",
+    seed: int = 1,
+) -> Path:
+    """Write the file.
+
+    Args:
+        byte_tokens: leave them out to make llama.cpp abort at the first tokenize.
+        duplicate: give two tokens one text, to make llama.cpp abort while loading.
+        poison: name of a tensor that gets a NaN.
+    """
+    heads, kv_heads = 4, 2
+    tokens = ["<unk>", "<s>", "</s>"]
+    types = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL]
+    if byte_tokens:
+        tokens += [f"<0x{byte:02X}>" for byte in range(256)]
+        types += [gguf.TokenType.BYTE] * 256
+    tokens += WORDS
+    types += [gguf.TokenType.NORMAL] * len(WORDS)
+    if duplicate:
+        tokens[-1] = tokens[-2]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("random")
+    writer.add_context_length(context)
+    writer.add_embedding_length(hidden)
+    writer.add_block_count(layers)
+    writer.add_feed_forward_length(feed_forward)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_rope_dimension_count(hidden // heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(len(tokens))
+    writer.add_expert_count(experts)
+    writer.add_expert_used_count(2)
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([-float(index) for index in range(len(tokens))])
+    writer.add_token_types(types)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_add_bos_token(True)
+    writer.add_add_eos_token(False)
+    writer.add_chat_template("{% for message in messages %}[INST] {{ message.content }} [/INST]{% endfor %}")
+
+    generator = np.random.default_rng(seed)
+    kv = hidden // heads * kv_heads
+    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (len(tokens), hidden)}
+    for layer in range(layers):
+        shapes |= {
+            f"blk.{layer}.attn_norm.weight": (hidden,),
+            f"blk.{layer}.attn_q.weight": (hidden, hidden),
+            f"blk.{layer}.attn_k.weight": (kv, hidden),
+            f"blk.{layer}.attn_v.weight": (kv, hidden),
+            f"blk.{layer}.attn_output.weight": (hidden, hidden),
+            f"blk.{layer}.ffn_norm.weight": (hidden,),
+            f"blk.{layer}.ffn_gate_inp.weight": (experts, hidden),
+            f"blk.{layer}.ffn_gate_exps.weight": (experts, feed_forward, hidden),
+            f"blk.{layer}.ffn_up_exps.weight": (experts, feed_forward, hidden),
+            f"blk.{layer}.ffn_down_exps.weight": (experts, hidden, feed_forward),
+        }
+    shapes |= {"output_norm.weight": (hidden,), "output.weight": (len(tokens), hidden)}
+    for name, shape in shapes.items():
+        values = generator.standard_normal(shape, np.float32)
+        values = np.abs(values) if len(shape) == 1 else values / np.float32(np.sqrt(shape[-1]))
+        if name == poison:
+            values.flat[0] = np.nan
+        writer.add_tensor(name, values if len(shape) == 1 else values.astype(np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

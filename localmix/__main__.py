@@ -7,7 +7,9 @@ JSON gets one document in every case. Everything else is a bug: it keeps its tra
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import os
 import signal
 import sys
@@ -38,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code; `arguments` are those after the program's name."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without UTF-8 gets '?', not a traceback
     _stop_politely()
     try:
@@ -69,7 +71,6 @@ def _run(words: list[str]) -> int:
 
     if COMPLETION_VARIABLE in os.environ:
         group.main(args=words, prog_name="localmix", complete_var=COMPLETION_VARIABLE)
-        return 0
     try:
         # Not `group.main`: it turns Ctrl-C and broken pipes into exit code 1 before we see them.
         with group.make_context("localmix", words) as context:
@@ -104,10 +105,8 @@ def _report(error: LocalmixError, words: Sequence[str]) -> int:
     from localmix.cli.console import Console
 
     as_json = "--json" in (words[: words.index("--")] if "--" in words else words)
-    try:
+    with contextlib.suppress(BrokenPipeError):
         Console(as_json).error(error)
-    except BrokenPipeError:
-        pass
     if {"-v", "--verbose"} & set(words[:1]):
         import traceback
 

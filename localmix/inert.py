@@ -30,5 +30,5 @@ def _symbol(match: re.Match[str]) -> str:
 
 
 def inert_json(text: str) -> str:
-    """A JSON document whose control characters are written as `\\uXXXX`: the same data, harmless to show."""
+    r"""A JSON document whose control characters are written as `\uXXXX`: the same data, harmless to show."""
     return _CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)

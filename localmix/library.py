@@ -7,6 +7,7 @@ without opening a file, so that shell completion stays fast.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import json
 import os
@@ -29,9 +30,11 @@ _MODEL_NAME = re.compile(r"^[^\W_][\w.+ -]*$")
 class Purpose(enum.Enum):
     """What a model is wanted for; decides which of its files is meant when no type is named."""
 
-    SOURCE = "quantize"  # full precision: a BF16, F16 or F32 file, or the checkpoint it came from
-    MEASURE = "measure"  # a GGUF file, the most precise one
-    RUN = "chat"  # a GGUF file, the one used last, else the best quantization
+    CHECKPOINT = "checkpoint"  # the folder that a model was converted from
+    SOURCE = "source"  # full precision: a BF16, F16 or F32 file, or the checkpoint it came from
+    PRECISE = "precise"  # the most precise GGUF file
+    MEASURE = "measure"  # the GGUF file used last, else the most precise one
+    RUN = "run"  # the quantization used last, else the largest that fits into memory
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def home() -> Path:
     """The library's folder; it may not exist yet."""
     chosen = os.environ.get("LOCALMIX_HOME")
     if chosen:
-        return Path(chosen).expanduser().absolute()
+        return Path(os.path.abspath(os.path.expanduser(chosen)))
     import platformdirs
 
     return platformdirs.user_data_path("localmix", appauthor=False)
@@ -146,9 +149,12 @@ def is_name(text: str) -> bool:
     return bare and text not in (".", "..") and find(model) is not None
 
 
-def resolve(
-    wanted: str | Path | None, purpose: Purpose, fits: Callable[[ModelFile], bool] | None = None
-) -> Path:
+def is_there(text: str) -> bool:
+    """Whether the text names a model of the library or something at the file system."""
+    return is_name(text) or os.path.exists(text)
+
+
+def resolve(wanted: str | Path | None, purpose: Purpose, fits: Callable[[ModelFile], bool] | None = None) -> Path:
     """The file or checkpoint folder that is meant.
 
     Args:
@@ -170,7 +176,7 @@ def resolve(
         model = find(name)
         assert model is not None
         return _of_type(model, kind) if kind else _choose(model, purpose, fits)
-    path = Path(text).expanduser()
+    path = Path(text)
     if path.exists():
         return _checked(path, purpose)
     name, _, _ = text.partition(":")
@@ -196,7 +202,8 @@ def _last(purpose: Purpose, fits: Callable[[ModelFile], bool] | None) -> Path:
             raise UsageError("No model was named, and none was used before.", _what_there_is())
         model = known[0]
     used = _inside(path)
-    if purpose is Purpose.RUN and used and path.exists() and used.model == model.name and not used.full_precision:
+    ready = used and used.model == model.name and path.exists()
+    if used and ready and (purpose is Purpose.MEASURE or (purpose is Purpose.RUN and not used.full_precision)):
         return path
     return _choose(model, purpose, fits)
 
@@ -204,6 +211,10 @@ def _last(purpose: Purpose, fits: Callable[[ModelFile], bool] | None) -> Path:
 def _choose(model: Model, purpose: Purpose, fits: Callable[[ModelFile], bool] | None) -> Path:
     """The file of a model that serves the purpose best."""
     full = [file for file in model.files if file.full_precision]
+    if purpose is Purpose.CHECKPOINT:
+        if model.checkpoint:
+            return model.checkpoint
+        raise InputError(f"The checkpoint that {model.name} was made from is not known, or gone.", "Give its folder.")
     if purpose is Purpose.SOURCE:
         if full:
             return full[0].path
@@ -217,7 +228,7 @@ def _choose(model: Model, purpose: Purpose, fits: Callable[[ModelFile], bool] | 
         raise InputError(
             f"{model.name} has no GGUF file in the library.", "Make one with `localmix convert` or `quantize`."
         )
-    if purpose is Purpose.MEASURE:
+    if purpose in (Purpose.MEASURE, Purpose.PRECISE):
         return model.files[0].path
     quantized = [file for file in model.files if not file.full_precision]
     for file in quantized or full:
@@ -239,7 +250,7 @@ def _of_type(model: Model, kind: str) -> Path:
 
 
 def _checked(path: Path, purpose: Purpose) -> Path:
-    if path.is_dir() and purpose is not Purpose.SOURCE:
+    if path.is_dir() and purpose not in (Purpose.CHECKPOINT, Purpose.SOURCE):
         raise UsageError(
             f"{path} is a folder, and a GGUF file is needed here.", f"Run `localmix convert {path}` first."
         )
@@ -267,30 +278,31 @@ def _inside(path: Path) -> ModelFile | None:
 
 
 def output_path(source: Path, kind: str) -> Path:
-    """Where the library files the model `source` in type `kind`; makes the folder.
+    """Where the library files the model `source` in type `kind`."""
+    name = model_name(source)
+    return home() / name / f"{name}-{kind}.gguf"
+
+
+def imatrix_output_path(source: Path) -> Path:
+    """Where the library files the importance matrix of `source`."""
+    name = model_name(source)
+    return home() / name / f"{name}{IMATRIX_SUFFIX}"
+
+
+def make_room(path: Path) -> Path:
+    """The path of an output, its folder made if it is one of the library; other folders are the user's to make.
 
     Raises:
         FileError: the folder cannot be made.
     """
-    name = model_name(source)
-    return _folder(name) / f"{name}-{kind}.gguf"
+    if path.parent.parent == home():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            from localmix.output import file_error
 
-
-def imatrix_output_path(source: Path) -> Path:
-    """Where the library files the importance matrix of `source`; makes the folder. Raises as `output_path`."""
-    name = model_name(source)
-    return _folder(name) / f"{name}{IMATRIX_SUFFIX}"
-
-
-def _folder(name: str) -> Path:
-    folder = home() / name
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        from localmix.output import file_error
-
-        raise file_error(error, folder, "make") from error
-    return folder
+            raise file_error(error, path.parent, "make") from error
+    return path
 
 
 def find_imatrix(source: Path) -> Path | None:
@@ -340,11 +352,10 @@ def remember(path: Path, checkpoint: Path | None = None) -> None:
             **(known if isinstance(known, dict) else {}),
             model_name(path): str(checkpoint.resolve()),
         }
-    try:
+    # a convenience: the command that was asked for has done its work
+    with contextlib.suppress(OSError, LocalmixError):
         home().mkdir(parents=True, exist_ok=True)
         write_atomically(home() / _STATE_FILE, json.dumps(state, indent=2, ensure_ascii=False).encode())
-    except (OSError, LocalmixError):
-        pass  # a convenience: the command that was asked for has done its work
 
 
 def _state() -> dict[str, Any]:
@@ -412,10 +423,8 @@ def remove(removal: Removal) -> None:
             path.unlink(missing_ok=True)
         except OSError as error:
             raise file_error(error, path, "delete") from error
-    try:
+    with contextlib.suppress(OSError):  # somebody else's files are in it: they stay
         removal.folder.rmdir()
-    except OSError:
-        pass  # somebody else's files are in it: they stay
 
 
 def complete(incomplete: str) -> Sequence[tuple[str, str]]:

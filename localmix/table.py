@@ -110,9 +110,7 @@ def quantization_table(rows: Sequence[QuantizationRow], caption: str = "") -> Ta
     ]
     return Table(
         tuple(columns),
-        tuple(
-            (*([row.model] if several else []), row.type, f"{row.bytes / unit:.2f}", *_numbers(row)) for row in rows
-        ),
+        tuple((*([row.model] if several else []), row.type, f"{row.bytes / unit:.2f}", *_numbers(row)) for row in rows),
         caption,
     )
 

@@ -73,7 +73,7 @@ class Console:
         import rich.text
 
         terminal = sys.stdout.isatty()
-        drawn = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+        drawn = rich.table.Table(box=rich.box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
         for column in table.columns:
             drawn.add_column(
                 rich.text.Text(column.title),
@@ -117,21 +117,22 @@ class Console:
         if error.hint:
             print(inert(error.hint), file=sys.stderr)
         if self.json:
-            self._document(
-                {"error": {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}}
-            )
+            self._document({"error": {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}})
         sys.stderr.flush()
 
+    @property
+    def can_ask(self) -> bool:
+        """Whether there is a person at the terminal."""
+        return sys.stdin.isatty() and sys.stderr.isatty()
+
     def confirm(self, question: str) -> bool:
-        """Ask on the terminal; False when there is none to ask on."""
-        if not (sys.stdin.isatty() and sys.stderr.isatty()):
-            return False
+        """Ask on the terminal; only a yes is a yes."""
         print(f"{inert(question)} [y/N] ", end="", file=sys.stderr, flush=True)
         return sys.stdin.readline().strip().lower() in ("y", "yes")
 
     @contextmanager
     def progress(self) -> Iterator[Progress]:
-        """A `progress(done, total, label)` to hand to a long function: a bar on a terminal, else a line now and then."""
+        """A `progress(done, total, label)` for a long function: a bar on a terminal, else a line now and then."""
         if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
             with _bar() as report:
                 yield report

@@ -63,9 +63,7 @@ class CommandTable(click.Group):
         from click.shell_completion import CompletionItem
 
         # click's own would import every command to read its help
-        names = [
-            CompletionItem(name, help=about) for name, about in COMMANDS.items() if name.startswith(incomplete)
-        ]
+        names = [CompletionItem(name, help=about) for name, about in COMMANDS.items() if name.startswith(incomplete)]
         return names + click.Command.shell_complete(self, ctx, incomplete)
 
 
@@ -78,7 +76,7 @@ class CommandTable(click.Group):
 @click.version_option(__version__, message="localmix %(version)s")
 @click.option("-v", "--verbose", is_flag=True, help="Show the traceback behind an error sentence.")
 def group(verbose: bool) -> None:
-    """The best quantized model this laptop can run, with the numbers that prove it.
+    r"""The best quantized model this laptop can run, with the numbers that prove it.
 
     \b
     localmix convert examples/tinymix        checkpoint -> GGUF

@@ -1,0 +1,36 @@
+"""`localmix ls`: the models of the library."""
+
+from __future__ import annotations
+
+import click
+
+from localmix.cli.console import Console
+from localmix.cli.parameters import examples, json_option
+
+
+@click.command()
+@json_option
+@examples("localmix ls")
+def command(json: bool) -> None:
+    """List the models of the library, with the size of each file."""
+    from localmix import library
+    from localmix.table import Column, Table, size
+
+    console = Console(json)
+    models = library.models()
+
+    def draw() -> None:
+        if not models:
+            console.note(f"The library {library.home()} is empty. `localmix convert FOLDER` makes the first model.")
+            return
+        rows = [(file.name, size(file.bytes), str(file.path.name)) for model in models for file in model.files]
+        rows += [
+            (f"{model.name} (imatrix)", size(model.imatrix.stat().st_size), model.imatrix.name)
+            for model in models
+            if model.imatrix
+        ]
+        columns = (Column("Model", number=False), Column("Size"), Column("File", number=False))
+        total = size(sum(model.bytes for model in models))
+        console.table(Table(columns, tuple(sorted(rows)), f"{total} in {library.home()}"))
+
+    console.result({"path": library.home(), "models": models}, draw)

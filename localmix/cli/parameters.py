@@ -1,0 +1,127 @@
+"""Parameters that several commands share: models, types, and the options for JSON and Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+from click.shell_completion import CompletionItem
+
+if TYPE_CHECKING:
+    _Parameter = click.ParamType[str]
+else:
+    _Parameter = click.ParamType  # not generic at run time before click 8.4
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+FILE = click.Path(path_type=Path)
+
+
+class ModelName(_Parameter):
+    """A path or a library name; the shell completes both."""
+
+    name = "model"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from localmix import library
+
+        items = [CompletionItem(name, help=about) for name, about in library.complete(incomplete)]
+        return items or [CompletionItem(incomplete, type="file")]
+
+
+class TypeNames(_Parameter):
+    """One or more quantization types or names of sets, with commas between; the shell completes the last one."""
+
+    name = "type"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from localmix.presets import load_presets
+
+        presets = load_presets()
+        before, comma, last = incomplete.rpartition(",")
+        choices = {name: preset.advice for name, preset in presets.presets.items()}
+        choices |= {alias: f"the same as {name}" for alias, name in presets.aliases.items()}
+        choices |= {name: ", ".join(types) for name, types in presets.sets.items()}
+        return [
+            CompletionItem(f"{before}{comma}{name}", help=about)
+            for name, about in choices.items()
+            if name.lower().startswith(last.lower())
+        ]
+
+
+class SetName(_Parameter):
+    """The name of a set of types; the shell completes it."""
+
+    name = "set"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from localmix.presets import load_presets
+
+        return [
+            CompletionItem(name, help=", ".join(types))
+            for name, types in load_presets().sets.items()
+            if name.startswith(incomplete)
+        ]
+
+
+class TypesOrModel(_Parameter):
+    """For `plan`, which takes both in any order."""
+
+    name = "model or type"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        types = TypeNames().shell_complete(ctx, param, incomplete) if incomplete else []
+        return types + ModelName().shell_complete(ctx, param, incomplete)
+
+
+MODEL = ModelName()
+TYPES = TypeNames()
+SET = SetName()
+
+json_option = click.option("--json", is_flag=True, help="One JSON document on stdout, and no colour.")
+markdown_option = click.option("--markdown", is_flag=True, help="The table as Markdown.")
+corpora_option = click.option(
+    "--corpus",
+    "corpora",
+    type=FILE,
+    required=True,
+    multiple=True,
+    help="A UTF-8 text file; several are read one after the other.",
+)
+threads_option = click.option(
+    "--threads", type=click.IntRange(min=1), help="Threads to use; the physical cores by default."
+)
+
+
+def examples(*lines: str) -> Callable[[Command], Command]:
+    """A decorator that ends a command's help with examples; put it below `click.command`."""
+
+    def add(function: Command) -> Command:
+        # \b keeps click from wrapping the lines
+        shown = "".join(f"\n      {line}" for line in lines)
+        function.__doc__ = f"{function.__doc__ or ''}\n\n    \b\n    Examples:{shown}"
+        return function
+
+    return add
+
+
+def parse_types(spec: str) -> list[str]:
+    """`Q4_K,Q8_0` or `chinese-mixtral` as the presets' names, each once, in the order given.
+
+    Raises:
+        UsageError: a type or set is unknown.
+    """
+    from localmix.presets import load_presets
+
+    presets = load_presets()
+    names: dict[str, None] = {}
+    for word in filter(None, (word.strip() for word in spec.split(","))):
+        found = presets.sets[word] if word in presets.sets else (presets.canonical(word),)
+        names |= dict.fromkeys(found)
+    if not names:
+        from localmix.errors import UsageError
+
+        raise UsageError("No type was named.", f"Known types: {', '.join(presets.presets)}.")
+    return list(names)

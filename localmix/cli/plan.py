@@ -1,0 +1,162 @@
+"""`localmix plan`: see `localmix.plan` and `localmix.memory`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from localmix.cli.console import Console
+from localmix.cli.parameters import (
+    SET,
+    TypesOrModel,
+    examples,
+    json_option,
+    markdown_option,
+    parse_types,
+)
+
+
+@click.command()
+@click.argument("words", metavar="[SRC] [TYPE]…", nargs=-1, type=TypesOrModel())
+@click.option("--set", "set_name", metavar="NAME", type=SET, help="All types of a named set.")
+@click.option(
+    "--ctx",
+    "context",
+    type=click.IntRange(min=1),
+    default=4096,
+    show_default=True,
+    help="Positions of context for the memory need.",
+)
+@click.option("--ram", metavar="SIZE", help="Check against a machine sold with so much memory; this one by default.")
+@click.option("--imatrix", is_flag=True, help="Plan with an importance matrix: it changes some mixtures.")
+@markdown_option
+@json_option
+@examples(
+    "localmix plan examples/tinymix",
+    "localmix plan ~/models/Mixtral-8x7B-v0.1 Q4_K IQ2_XS --ram 16",
+    "localmix plan tinymix --set chinese-mixtral --imatrix",
+)
+def command(
+    words: tuple[str, ...],
+    set_name: str | None,
+    context: int,
+    ram: str | None,
+    imatrix: bool,
+    markdown: bool,
+    json: bool,
+) -> None:
+    """Show size, bits per weight and memory need of each type, before anything is written.
+
+    SRC is a checkpoint folder, a folder with nothing but a config.json, or a GGUF file. Without a TYPE all
+    types are planned.
+    """
+    from localmix import library, memory
+    from localmix.plan import Planner
+    from localmix.presets import load_presets
+    from localmix.sources.open import open_source
+    from localmix.table import Column, Table, number, size_unit
+
+    console = Console(json)
+    model, names = _sort_out(words, set_name)
+    path = library.resolve(model, library.Purpose.SOURCE)
+    room = memory.machine(memory.parse_gigabytes(ram)) if ram else memory.available()
+    floor = memory.machine(memory.FLOOR_GB)
+    with open_source(path) as source:
+        planner = Planner(source)
+        plans = [planner.plan(load_presets().find(name), has_imatrix=imatrix) for name in names]
+        needs = [memory.need(source, plan.file_bytes, context) for plan in plans]
+        parameters = source.parameters
+
+    document: dict[str, Any] = {
+        "path": path,
+        "parameters": parameters,
+        "ctx": context,
+        "available": room,
+        "types": [
+            {
+                "type": plan.type,
+                "bytes": plan.file_bytes,
+                "bpw": plan.bits_per_weight,
+                "need": {
+                    "weights": need.weights,
+                    "kv": need.kv,
+                    "compute": need.compute,
+                    "other": need.other,
+                    "total": need.total,
+                },
+                "fits": room.fits(need),
+                "fits_16gb": floor.fits(need),
+                "tensors": [
+                    {
+                        "name": tensor.info.name,
+                        "shape": tensor.info.shape,
+                        "type": tensor.type,
+                        "bytes": tensor.bytes,
+                        "meant": tensor.meant,
+                    }
+                    for tensor in plan.tensors
+                ],
+            }
+            for plan, need in zip(plans, needs, strict=True)
+        ],
+    }
+
+    def draw() -> None:
+        unit, unit_name = size_unit(plan.file_bytes for plan in plans)
+        columns = [
+            Column("Type", number=False),
+            Column(f"Size {unit_name}"),
+            Column("BPW"),
+            Column(f"Memory {unit_name}"),
+            Column("Fits", number=False),
+        ]
+        rows = [
+            [
+                plan.type,
+                f"{plan.file_bytes / unit:.2f}",
+                number(plan.bits_per_weight, 2),
+                f"{need.total / unit:.2f}",
+                "yes" if room.fits(need) else "no",
+            ]
+            for plan, need in zip(plans, needs, strict=True)
+        ]
+        if not ram:
+            columns.append(Column("In 16 GB", number=False))
+            for row, need in zip(rows, needs, strict=True):
+                row.append("yes" if floor.fits(need) else "no")
+        notes = [plan.type for plan in plans if plan.fallbacks]
+        caption = (
+            f"{parameters:,} parameters. Memory: with a context of {context}."
+            f" Fits: into {room.bytes / 2**30:.1f} GiB, {room.limit}."
+        )
+        if notes:
+            caption += f" Some columns fit no block of {', '.join(notes)}: those tensors take another type."
+        console.table(Table(tuple(columns), tuple(map(tuple, rows)), caption), markdown)
+
+    console.result(document, draw)
+
+
+def _sort_out(words: tuple[str, ...], set_name: str | None) -> tuple[str | None, list[str]]:
+    """The model, if one is named, and the types, which may come in any order: what is no type is the model."""
+    from localmix.errors import UsageError
+    from localmix.presets import load_presets
+
+    presets = load_presets()
+    models: list[str] = []
+    names: list[str] = []
+    for word in words:
+        try:
+            names += parse_types(word)
+        except UsageError:
+            models.append(word)
+    if len(models) > 1:
+        from localmix import library
+
+        # the one that is there is the model, so the other is the type that does not exist
+        wrong = next((word for word in models if not library.is_there(word)), models[1])
+        presets.canonical(wrong)
+        raise UsageError(f"Two models were named: {models[0]} and {models[1]}.", "Plan one at a time.")
+    if set_name:
+        names += presets.find_set(set_name)
+    return (models[0] if models else None), list(dict.fromkeys(names or presets.presets))

@@ -36,9 +36,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A Mixtral shape in BF16, and a dense F16 model whose feed-forward columns fit no block of 256."""
     folder = tmp_path_factory.mktemp("models")
     return {
-        "mixtral": write_model(folder / "mixtral.gguf", layers=2, feed_forward=256),
+        "mixtral": write_model(folder / "mixtral.gguf", layers=1, feed_forward=256),
         "dense": write_model(
-            folder / "dense.gguf", experts=0, feed_forward=352, kind=gguf.GGMLQuantizationType.F16, layers=9
+            folder / "dense.gguf", experts=0, feed_forward=352, kind=gguf.GGMLQuantizationType.F16, layers=4
         ),
     }
 

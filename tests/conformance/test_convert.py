@@ -1,0 +1,48 @@
+"""`convert` against llama.cpp's own converter: the same metadata and the same bytes of every tensor.
+
+What upstream wrote is kept in fixtures/, recorded by record_convert.py.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from localmix.convert import convert
+from tests.checkpoints import SHAPES, write_checkpoint
+from tests.conformance.record_convert import FIXTURES, TYPES, describe_file
+
+TINYMIX = Path(__file__).parents[2] / "examples" / "tinymix"
+
+# Names and descriptions are each program's own; the file type depends on the type that is asked for.
+_OURS = ("general.name", "general.basename", "general.finetune", "general.version", "general.description")
+
+
+def expected(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((FIXTURES / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def comparable(metadata: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in metadata.items() if key not in (*_OURS, "general.file_type")}
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("name", SHAPES)
+def test_same_as_upstream(tmp_path: Path, name: str, kind: str) -> None:
+    folder = write_checkpoint(tmp_path / name, name)
+    convert(folder, tmp_path / "ours.gguf", kind)
+    ours, theirs = describe_file(tmp_path / "ours.gguf"), expected(name)
+    assert comparable(ours["metadata"]) == comparable(theirs["metadata"])
+    assert ours["tensors"] == theirs["tensors"][kind]
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_tinymix_same_as_upstream(tmp_path: Path, kind: str) -> None:
+    convert(TINYMIX, tmp_path / "ours.gguf", kind)
+    ours, theirs = describe_file(tmp_path / "ours.gguf"), expected("tinymix")
+    assert comparable(ours["metadata"]) == comparable(theirs["metadata"])
+    assert ours["tensors"] == theirs["tensors"][kind]

@@ -19,7 +19,6 @@ owns the terminal and the signals, the child owns the model, and dies with its p
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import pickle
 import queue
@@ -62,21 +61,15 @@ class WorkerFailure(Exception):
 
 
 class Channel:
-    """The child's end: what a job uses to tell and to listen.
-
-    Attributes:
-        abort: a byte that llama.cpp can watch without Python, see `native.model`: not 0 while cancelled.
-    """
+    """The child's end: what a job uses to tell and to listen."""
 
     def __init__(self, requests: IO[bytes], events: IO[bytes]) -> None:
         self._requests = requests
         self._events = events
         self._write_lock = threading.Lock()
         self._messages: queue.Queue[tuple[int, Any]] = queue.Queue()
-        self._cancel_lock = threading.Lock()
         self._current = 0  # the message being worked on; 0 is the call itself
         self._cancelled = -1  # the last message that a cancel covers
-        self.abort = ctypes.create_string_buffer(2)
 
     def emit(self, event: object) -> None:
         """Send an event (anything that pickles) to the parent, which iterates over them."""
@@ -93,25 +86,19 @@ class Channel:
             Interrupted: the parent wants the job to end.
         """
         number, message = self._messages.get()
-        with self._cancel_lock:
-            self._current = number
-            self._show_cancel()
+        self._current = number
         if number == STOP:
             raise Interrupted("The job was stopped.")
         return message
 
-    @property
     def cancelled(self) -> bool:
         """Whether the parent called `cancel` since it sent the message being worked on."""
         return self._cancelled >= self._current
 
     def check(self) -> None:
         """Raise Interrupted if the parent called `cancel`: for loops that should end early."""
-        if self.cancelled:
+        if self.cancelled():
             raise Interrupted("The run was stopped.")
-
-    def _show_cancel(self) -> None:
-        self.abort[0] = b"\x01" if self.cancelled else b"\x00"
 
     def _write(self, kind: str, value: object) -> None:
         data = pickle.dumps((kind, value), protocol=pickle.HIGHEST_PROTOCOL)
@@ -132,9 +119,7 @@ class Channel:
             if kind == "message":
                 self._messages.put((number, value))
                 continue
-            with self._cancel_lock:
-                self._cancelled = max(self._cancelled, number)
-                self._show_cancel()
+            self._cancelled = max(self._cancelled, number)
             if number == STOP:
                 self._messages.put((STOP, None))
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-import worker_jobs
 
 from localmix.errors import CapacityError, InputError, Interrupted
 from localmix.worker import Progress, Worker, WorkerFailure, explain_death, last_words, run
+from tests import worker_jobs
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 
@@ -97,9 +97,7 @@ def test_a_deaf_child_is_killed_after_the_grace() -> None:
         (signal.SIGTERM, Interrupted, "SIGTERM"),
     ],
 )
-def test_each_signal_is_a_sentence_that_names_the_file(
-    number: int, error: type[Exception], words: str
-) -> None:
+def test_each_signal_is_a_sentence_that_names_the_file(number: int, error: type[Exception], words: str) -> None:
     with pytest.raises(error) as caught:
         run(worker_jobs.die_by, number, Path("models/some.gguf"))
     assert words in str(caught.value)
@@ -151,7 +149,7 @@ def test_the_child_is_light() -> None:
 
 PARENT = """
 import sys; sys.path[:] = {path!r}
-import worker_jobs
+from tests import worker_jobs
 from localmix.worker import Worker
 with Worker(worker_jobs.{job}) as worker:
     print(next(worker), flush=True)

@@ -36,7 +36,7 @@ def echo(channel: Channel) -> None:
         if message is None:
             return
         for character in message:
-            if channel.cancelled:
+            if channel.cancelled():
                 break
             channel.emit(character)
             if message.isupper():
@@ -67,9 +67,7 @@ def follow_a_null_pointer(channel: Channel, path: Path) -> None:
 def print_and_abort(channel: Channel, path: Path) -> None:
     print("noise on stdout", flush=True)
     os.write(1, b"noise on fd 1\n")
-    os.write(
-        2, b"terminate called after throwing an instance of 'std::out_of_range'\n  what():  no such token\n"
-    )
+    os.write(2, b"terminate called after throwing an instance of 'std::out_of_range'\n  what():  no such token\n")
     ctypes.CDLL(None).abort()
 
 

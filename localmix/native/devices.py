@@ -1,0 +1,122 @@
+"""What llama.cpp can compute on: its devices with their memory, and how many threads to give the processor."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from localmix.native.library import api, ggml
+
+# enum ggml_backend_dev_type in ggml-backend.h
+KINDS = ("cpu", "gpu", "integrated gpu", "accelerator", "meta")
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device that llama.cpp found.
+
+    Attributes:
+        name: ggml's short name: `CPU`, `CUDA0`, `Metal`.
+        description: the product's name.
+        kind: one of `KINDS`.
+        free, total: bytes of memory; 0 and 0 mean that the driver does not say.
+    """
+
+    name: str
+    description: str
+    kind: str
+    free: int
+    total: int
+
+
+def devices() -> list[Device]:
+    """Every device of the installed llama.cpp build, in its own order.
+
+    Raises:
+        InputError: llama.cpp cannot be loaded.
+    """
+    return [_describe(handle) for handle in _handles()]
+
+
+@cache
+def _handles() -> list[int]:
+    api()  # registers the back ends
+    names = {"win32": "ggml.dll", "darwin": "libggml.dylib"}
+    folder = Path(str(api().__file__)).parent / "lib"
+    registry = ctypes.CDLL(os.fspath(folder / names.get(sys.platform, "libggml.so")))
+    registry.ggml_backend_dev_count.restype = ctypes.c_size_t
+    registry.ggml_backend_dev_get.argtypes = [ctypes.c_size_t]
+    registry.ggml_backend_dev_get.restype = ctypes.c_void_p
+    return [registry.ggml_backend_dev_get(index) for index in range(registry.ggml_backend_dev_count())]
+
+
+def _describe(handle: int) -> Device:
+    base = ggml()
+    device = ctypes.c_void_p(handle)
+    for text in (base.ggml_backend_dev_name, base.ggml_backend_dev_description):
+        text.restype = ctypes.c_char_p
+    base.ggml_backend_dev_memory.restype = None
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    base.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
+    return Device(
+        name=base.ggml_backend_dev_name(device).decode(),
+        description=base.ggml_backend_dev_description(device).decode(errors="replace"),
+        kind=KINDS[base.ggml_backend_dev_type(device)],
+        free=free.value,
+        total=total.value,
+    )
+
+
+def default_threads() -> int:
+    """Threads for llama.cpp: the fast physical cores that this process may use.
+
+    ggml's threads spin while they wait for each other, so a second thread on a core, a slow core, or more
+    threads than a container's quota make every step slower.
+    """
+    usable = _usable_processors()
+    return max(1, min(_physical_cores(), usable, _cgroup_quota(Path("/proc/self/cgroup")) or usable))
+
+
+def _usable_processors() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _physical_cores() -> int:
+    if sys.platform == "darwin":
+        library = ctypes.CDLL(None)
+        for name in (b"hw.perflevel0.physicalcpu", b"hw.physicalcpu"):  # performance cores first
+            value, size = ctypes.c_int(), ctypes.c_size_t(ctypes.sizeof(ctypes.c_int))
+            if library.sysctlbyname(name, ctypes.byref(value), ctypes.byref(size), None, 0) == 0:
+                return value.value
+    import psutil
+
+    return psutil.cpu_count(logical=False) or os.cpu_count() or 1
+
+
+def _cgroup_quota(membership: Path, root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Whole processors that the tightest `cpu.max` of this process's cgroup v2 ancestors allows, or None."""
+    try:
+        match = re.search(r"^0::(.*)$", membership.read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    if match is None:
+        return None
+    quotas = []
+    folder = root / match[1].strip().lstrip("/")
+    for ancestor in (folder, *folder.parents):
+        try:
+            quota, period = (ancestor / "cpu.max").read_text().split()
+            if quota != "max":
+                quotas.append(max(1, int(quota) // int(period)))
+        except (OSError, ValueError):
+            pass
+        if ancestor == root:
+            break
+    return min(quotas, default=None)

@@ -34,6 +34,7 @@ class Purpose(enum.Enum):
     SOURCE = "source"  # full precision: a BF16, F16 or F32 file, or the checkpoint it came from
     PRECISE = "precise"  # the most precise GGUF file
     MEASURE = "measure"  # the GGUF file used last, else the most precise one
+    ANY = "any"  # whatever was meant: a folder, or as MEASURE
     RUN = "run"  # the quantization used last, else the largest that fits into memory
 
 
@@ -202,9 +203,10 @@ def _last(purpose: Purpose, fits: Callable[[ModelFile], bool] | None) -> Path:
             raise UsageError("No model was named, and none was used before.", _what_there_is())
         model = known[0]
     used = _inside(path)
-    ready = used and used.model == model.name and path.exists()
-    if used and ready and (purpose is Purpose.MEASURE or (purpose is Purpose.RUN and not used.full_precision)):
-        return path
+    if used and used.model == model.name and path.exists():
+        wanted = (Purpose.MEASURE, Purpose.ANY) if used.full_precision else (Purpose.MEASURE, Purpose.ANY, Purpose.RUN)
+        if purpose in wanted:
+            return path
     return _choose(model, purpose, fits)
 
 
@@ -228,7 +230,7 @@ def _choose(model: Model, purpose: Purpose, fits: Callable[[ModelFile], bool] | 
         raise InputError(
             f"{model.name} has no GGUF file in the library.", "Make one with `localmix convert` or `quantize`."
         )
-    if purpose in (Purpose.MEASURE, Purpose.PRECISE):
+    if purpose is not Purpose.RUN:
         return model.files[0].path
     quantized = [file for file in model.files if not file.full_precision]
     for file in quantized or full:
@@ -250,7 +252,7 @@ def _of_type(model: Model, kind: str) -> Path:
 
 
 def _checked(path: Path, purpose: Purpose) -> Path:
-    if path.is_dir() and purpose not in (Purpose.CHECKPOINT, Purpose.SOURCE):
+    if path.is_dir() and purpose not in (Purpose.CHECKPOINT, Purpose.SOURCE, Purpose.ANY):
         raise UsageError(
             f"{path} is a folder, and a GGUF file is needed here.", f"Run `localmix convert {path}` first."
         )

@@ -1,0 +1,140 @@
+"""What `doctor` reports: versions, devices, memory, folders and tools, and the command that mends what is missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+from localmix import __version__, library
+from localmix.errors import LocalmixError
+from localmix.memory import Available, available
+
+if TYPE_CHECKING:
+    from localmix.native.devices import Device
+
+PACKAGES = (
+    "llama-cpp-python",
+    "gguf",
+    "numpy",
+    "safetensors",
+    "sentencepiece",
+    "huggingface-hub",
+    "jinja2",
+    "rich",
+    "prompt-toolkit",
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that keeps a command from working, and what mends it."""
+
+    what: str
+    command: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """This installation and this machine.
+
+    Attributes:
+        packages: installed version of each, None where it is missing.
+        devices: what llama.cpp can compute on.
+        cores: physical ones, and those this process may use.
+        memory: bytes of the machine, and what is available with the limit that binds.
+        disk: free bytes where the library lies.
+        tools: folder of llama.cpp's own tools, None where they are not built (only tests and benchmarks use them).
+        problems: empty when everything works.
+    """
+
+    version: str
+    python: str
+    system: str
+    packages: dict[str, str | None]
+    devices: tuple[Device, ...]
+    physical_cores: int
+    usable_cores: int
+    memory: int
+    available: Available
+    library: Path
+    models: int
+    disk: int
+    tools: Path | None
+    problems: tuple[Problem, ...]
+
+
+def diagnose() -> Diagnosis:
+    """Look at everything; what fails becomes a `Problem`."""
+    problems: list[Problem] = []
+    packages = {name: _version(name) for name in PACKAGES}
+    problems += [
+        Problem(f"The package {name} is missing.", f"pip install {name}")
+        for name, version in packages.items()
+        if version is None
+    ]
+    devices: tuple[Device, ...] = ()
+    try:
+        from localmix.native.devices import devices as find_devices
+
+        devices = tuple(find_devices())
+    except LocalmixError as error:
+        problems.append(Problem(error.message, error.hint))
+    if any(shutil.which(name) for name in ("nvidia-smi",)) and not _has(devices, "CUDA"):
+        problems.append(Problem("There is an NVIDIA driver, but the engine has no CUDA.", "make setup BACKEND=cuda"))
+    if sys.platform == "darwin" and platform.machine() == "arm64" and not _has(devices, "Metal", "MTL"):
+        problems.append(Problem("The engine was built without Metal.", "make setup BACKEND=metal"))
+    home = library.home()
+    existing = next(folder for folder in (home, *home.parents) if folder.exists())
+    if not os.access(existing, os.W_OK):
+        problems.append(Problem(f"The library {home} cannot be written.", "export LOCALMIX_HOME=FOLDER"))
+    try:
+        models = len(library.models())
+    except LocalmixError as error:
+        models = 0
+        problems.append(Problem(error.message, error.hint))
+    return Diagnosis(
+        version=__version__,
+        python=platform.python_version(),
+        system=f"{platform.system()} {platform.release()} ({platform.machine()})",
+        packages=packages,
+        devices=devices,
+        physical_cores=psutil.cpu_count(logical=False) or os.cpu_count() or 1,
+        usable_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        memory=psutil.virtual_memory().total,
+        available=available(),
+        library=home,
+        models=models,
+        disk=shutil.disk_usage(existing).free,
+        tools=_tools(),
+        problems=tuple(problems),
+    )
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _has(devices: tuple[Device, ...], *names: str) -> bool:
+    return any(device.name.startswith(names) for device in devices)
+
+
+def _tools() -> Path | None:
+    """Where `make vendor` of this checkout put llama.cpp's tools; None when it did not run or this is no checkout."""
+    script = Path(__file__).parent.parent / "vendor" / "llama.cpp" / "build.py"
+    if not script.is_file():
+        return None
+    found = subprocess.run([sys.executable, str(script), "--print-dir"], capture_output=True, text=True, check=False)
+    folder = Path(found.stdout.strip())
+    return folder if found.returncode == 0 and found.stdout.strip() and folder.is_dir() else None

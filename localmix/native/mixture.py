@@ -102,7 +102,8 @@ def choose_types(
             code = bindings.llama_model_quantize(str(path).encode(), b"unused.gguf", ctypes.byref(parameters))
     if code != 0:
         reason = log.last_error or f"code {code}"
-        if "regex" in reason.lower():
+        # what a C++ library says of a bad pattern differs from system to system
+        if "regular expression" in reason or "regex" in reason:
             raise UsageError(
                 f"A tensor rule is no regular expression: {reason}.", "Patterns follow ECMAScript's syntax."
             )

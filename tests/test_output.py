@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from localmix.errors import CapacityError, FileError, UsageError
+from localmix.output import OutputFile, check_outputs, write_atomically
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_appears_whole_at_commit(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"before")
+    with OutputFile(path, 6) as output:
+        output.write(3, b"def")
+        output.write(0, b"abc")
+        assert path.read_bytes() == b"before"
+        output.commit()
+    assert path.read_bytes() == b"abcdef"
+    assert names(tmp_path) == ["model.gguf"]
+
+
+def test_leaves_nothing_behind_on_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    with pytest.raises(RuntimeError), OutputFile(path, 6):
+        raise RuntimeError
+    assert names(tmp_path) == []
+
+
+def test_two_runs_for_one_output_exclude_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    code = (
+        "import sys; from pathlib import Path; from localmix.output import OutputFile; OutputFile(Path(sys.argv[1]), 4)"
+    )
+    with OutputFile(path, 4) as output:
+        other = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
+        assert "Another run is writing" in other.stderr
+        output.write(0, b"mine")
+        output.commit()
+    assert path.read_bytes() == b"mine"
+
+
+def test_what_a_killed_run_left_is_swept_by_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    code = textwrap.dedent("""
+        import os, signal, sys
+        from pathlib import Path
+        from localmix.output import OutputFile
+        OutputFile(Path(sys.argv[1]), 4).write(0, b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+    """)
+    subprocess.run([sys.executable, "-c", code, str(path)], check=False)
+    assert len(names(tmp_path)) == 1
+    assert not path.exists()
+    write_atomically(path, b"whole")
+    assert names(tmp_path) == ["model.gguf"]
+    assert path.read_bytes() == b"whole"
+
+
+def test_a_symlink_in_the_place_of_the_partial_file_is_not_followed(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    path = tmp_path / "model.gguf"
+    path.with_name(f".{path.name}.{os.getpid()}.partial").symlink_to(victim)
+    with pytest.raises(FileError):
+        write_atomically(path, b"data")
+    assert victim.read_bytes() == b"precious"
+
+
+def test_an_output_that_is_an_input_is_refused(tmp_path: Path) -> None:
+    source = tmp_path / "source.gguf"
+    source.write_bytes(b"model")
+    link, hard = tmp_path / "link.gguf", tmp_path / "hard.gguf"
+    link.symlink_to(source)
+    os.link(source, hard)
+    for output in (source, link, hard, tmp_path / "x" / ".." / "source.gguf"):
+        (tmp_path / "x").mkdir(exist_ok=True)
+        with pytest.raises(UsageError, match="would destroy it"):
+            check_outputs([(output, 5)], [source])
+
+
+def test_two_outputs_with_one_name_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="Two outputs"):
+        check_outputs([(tmp_path / "a", 1), (tmp_path / "a", 1)], [])
+
+
+def test_a_missing_folder_and_a_folder_in_the_way(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match="does not exist"):
+        check_outputs([(tmp_path / "none" / "a", 1)], [])
+    with pytest.raises(FileError, match="is a folder"):
+        check_outputs([(tmp_path, 1)], [])
+
+
+def test_too_little_space_is_found_before_the_work(tmp_path: Path) -> None:
+    with pytest.raises(CapacityError, match="GiB free"):
+        check_outputs([(tmp_path / "a", 1 << 60)], [])

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from localmix.errors import FileError, InputError, UsageError
+from localmix.native.mixture import file_type
+from localmix.presets import load_presets, tensor_type
+from localmix.tensor_types import TensorType
+
+
+def test_every_shipped_preset_is_a_mixture_of_this_llama_cpp() -> None:
+    for preset in load_presets().presets.values():
+        assert file_type(preset.base) >= 0
+        assert preset.advice
+
+
+def test_short_names_mean_the_medium_mixture() -> None:
+    presets = load_presets()
+    assert presets.find("q4_k").name == "Q4_K_M"
+    assert presets.find("Q3_K").name == "Q3_K_M"
+    assert presets.find("iq2_xxs").imatrix == "required"
+
+
+def test_the_published_set_has_the_columns_of_the_table() -> None:
+    assert len(load_presets().find_set("chinese-mixtral")) == 11
+
+
+def test_unknown_names_get_near_ones() -> None:
+    with pytest.raises(UsageError, match="Q4_K_M"):
+        load_presets().find("Q4KM")
+    with pytest.raises(UsageError, match="chinese-mixtral"):
+        load_presets().find_set("mixtral")
+    with pytest.raises(UsageError, match="Q6_K"):
+        tensor_type("Q6K")
+
+
+def test_a_file_of_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "presets:\n  SMALL:\n    base: IQ2_XXS\n    output: q6_k\n    imatrix: required\n"
+        "    rules:\n      - {tensor: 'attn_v', type: Q8_0}\n",
+        "utf-8",
+    )
+    preset = load_presets(path).find("small")
+    assert (preset.base, preset.output) == ("IQ2_XXS", TensorType.Q6_K)
+    assert [(rule.tensor, rule.type) for rule in preset.rules] == [("attn_v", TensorType.Q8_0)]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("presets: [", "not valid YAML"),
+        ("- a list", "is not a mapping"),
+        ("preset: {}", "unknown field 'preset'"),
+        ("presets: {X: {bits: 4}}", "unknown field 'bits'"),
+        ("presets: {X: {imatrix: maybe}}", "one of required"),
+        ("presets: {X: {output: Q9_K}}", "names Q9_K"),
+        ("presets: {X: {rules: {}}}", "is not a list"),
+        ("presets: {X: {rules: [{tensor: a}]}}", "needs the fields tensor and type"),
+        ("aliases: {A: B}", "names B, which is no preset"),
+        ("sets: {s: [B]}", "names B, which is no preset"),
+    ],
+)
+def test_a_broken_file_is_refused_with_the_entry(content: str, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(content, "utf-8")
+    with pytest.raises(InputError, match=reason) as caught:
+        load_presets(path)
+    assert str(path) in caught.value.message
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match="cannot be read"):
+        load_presets(tmp_path / "none.yaml")

@@ -28,12 +28,12 @@ def find_architecture(config: Mapping[str, Any], path: Path) -> Architecture:
     model_type = config.get("model_type")
     row = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
     if row is None:
-        raise InputError(f"{path}: model_type {shown(str(model_type))} cannot be converted.", known)
+        raise InputError(f"{path}: model_type {shown(model_type)} cannot be converted.", known)
     classes = config.get("architectures") or row.classes[:1]
     # The same model_type also names classifiers and reward models, which have no vocabulary to predict.
     if not isinstance(classes, list | tuple) or classes[0] not in row.classes:
         raise InputError(
-            f"{path}: architectures {shown(str(classes))} is not a text generator of type {model_type}.",
+            f"{path}: architectures {shown(classes)} is not a text generator of type {model_type}.",
             f"Expected is {' or '.join(row.classes)}.",
         )
     return row

@@ -96,11 +96,9 @@ class Setting:
                 return None
         accepted = (int, float) if self.kind is float else self.kind
         if not isinstance(value, accepted) or (isinstance(value, bool) and self.kind is not bool):
-            raise InputError(f"{path}: {self.name} is {shown(str(value))}, not {_KIND_NAMES[self.kind]}.")
+            raise InputError(f"{path}: {self.name} is {shown(value)}, not {_KIND_NAMES[self.kind]}.")
         if self.kind is not bool and not self.least <= value <= self.most:
-            raise InputError(
-                f"{path}: {self.name} is {shown(str(value))}, not between {self.least:g} and {self.most:g}."
-            )
+            raise InputError(f"{path}: {self.name} is {shown(value)}, not between {self.least} and {self.most}.")
         return self.kind(value)
 
 

@@ -25,10 +25,19 @@ FREQUENCY_FACTORS = "rope_freqs.weight"
 
 @dataclass(frozen=True)
 class Scaling:
-    """One `rope_type`: its name in the GGUF file (empty: none is written) and the numbers it needs."""
+    """One `rope_type`.
+
+    Attributes:
+        gguf: its name in the GGUF file; empty: none is written.
+        settings: the numbers it needs.
+        rising: of these two numbers the first must be the smaller one.
+        factors: computes what each frequency is divided by, from the numbers and the size of a head.
+        note: what the user should know.
+    """
 
     gguf: str = ""
     settings: tuple[Setting, ...] = ()
+    rising: tuple[str, str] | None = None
     factors: Callable[[Settings, int], npt.NDArray[np.float32]] | None = None
     note: str = ""
 
@@ -47,7 +56,8 @@ def _llama3_factors(settings: Settings, head_size: int) -> npt.NDArray[np.float3
     low, high = np.float32(settings["low_freq_factor"]), np.float32(settings["high_freq_factor"])
     context = np.float32(settings["original_max_position_embeddings"])
     smooth = (context / wavelengths - low) / (high - low)
-    between = one / ((one - smooth) / factor + smooth)
+    with np.errstate(divide="ignore"):  # only where `between` is not used
+        between = one / ((one - smooth) / factor + smooth)
     stretched = np.where(wavelengths > context / low, factor, between)
     factors: npt.NDArray[np.float32] = np.where(wavelengths < context / high, one, stretched)
     return factors.astype(np.float32)
@@ -86,6 +96,7 @@ SCALINGS: Mapping[str, Scaling] = {
             _number("high_freq_factor", absent=4.0),
             Setting(_TRAINED_CONTEXT, int),
         ),
+        rising=("low_freq_factor", "high_freq_factor"),
         factors=_llama3_factors,
     ),
     "dynamic": Scaling(note="dynamic rope scaling is left out: llama.cpp has no such type for this model"),
@@ -114,7 +125,7 @@ def derive_rope(
     scaling = SCALINGS.get(kind) if isinstance(kind, str) else None
     if scaling is None:
         raise InputError(
-            f"{path}: rope scaling of type {shown(str(kind))} is not known.",
+            f"{path}: rope scaling of type {shown(kind)} is not known.",
             f"Known are {', '.join(SCALINGS)}.",
         )
     head_size = int(settings.get("head_dim", settings["hidden_size"] // settings["num_attention_heads"]))
@@ -126,6 +137,8 @@ def derive_rope(
         value = row.read(block, found, path)
         if value is not None:
             found[row.name] = value
+    if scaling.rising and found[scaling.rising[0]] >= found[scaling.rising[1]]:
+        raise InputError(f"{path}: {scaling.rising[0]} must be smaller than {scaling.rising[1]}.")
     for row in (theta, *scaling.settings):
         if row.write is not None and row.name in found:
             metadata |= {key.replace("{arch}", architecture): row.write(found[row.name]) for key in row.keys}

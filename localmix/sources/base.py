@@ -13,6 +13,7 @@ from typing import Any
 import numpy.typing as npt
 from gguf.constants import GGUFValueType as ValueType
 
+from localmix.errors import InputError
 from localmix.tensor_types import TensorType
 
 
@@ -153,7 +154,9 @@ class ShapeOnlySource(Source):
     notes: list[str] = field(default_factory=list)
 
     def read(self, tensor: TensorInfo, start: int, stop: int) -> npt.NDArray[Any]:
-        raise NotImplementedError("a source without weights can only be planned")
+        raise InputError(
+            f"{self.path} has no weights; it can only be planned.", "Put its .safetensors files beside config.json."
+        )
 
     def files(self) -> Sequence[Path]:
         return ()

@@ -43,8 +43,8 @@ _DOWNLOAD = "Download the checkpoint again, for example with `localmix pull`."
 
 _UNQUANTIZED = "Take the original checkpoint in bf16, f16 or f32; localmix quantizes it itself."
 
-# Files of weights that only run through Python's pickle.
-_PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+# Weights that only Python's pickle reads; training_args.bin, optimizer.pt and their like are none.
+_PICKLED = re.compile(r"((pytorch_)?model\b.*|consolidated.*)\.(bin|pt|pth|pkl)|.*\.ckpt")
 
 # Safetensors files in the same folder that are not the model.
 _NOT_THE_MODEL = ("adapter_", "consolidated", "optimizer")
@@ -251,7 +251,7 @@ def _refuse_quantized_config(config: Mapping[str, Any], path: Path) -> None:
     if block:
         method = block.get("quant_method") if isinstance(block, dict) else None
         raise InputError(
-            f"{path}: the checkpoint is already quantized ({shown(str(method or 'quantization_config'))}).",
+            f"{path}: the checkpoint is already quantized ({shown(method or 'quantization_config')}).",
             _UNQUANTIZED,
         )
 
@@ -271,14 +271,14 @@ def _open_shards(path: Path, names: set[str], opened: ExitStack) -> list[Shard]:
         wanted = [SINGLE]
     else:
         wanted = _with_gaps(found)
-    missing = [name for name in wanted if name not in names]
+    missing = [name for name in wanted if not os.path.exists(path / name)]
     if missing:
         raise InputError(
             f"{path} lacks {len(missing)} of {len(wanted)} shards: {listed(missing, len(missing))}.",
             _DOWNLOAD,
         )
     if not wanted:
-        pickled = sorted(name for name in names if name.endswith(_PICKLED))
+        pickled = sorted(name for name in names if _PICKLED.fullmatch(name))
         if pickled:
             raise InputError(
                 f"{path} holds its weights only as {listed(pickled, 3)}: reading pickled files can run "
@@ -313,7 +313,7 @@ def _read_index(path: Path) -> dict[str, str]:
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str) or not _SHARD_NAME.fullmatch(shard):
             raise InputError(
-                f"{path} places tensor {shown(tensor)} in {shown(str(shard))}, "
+                f"{path} places tensor {shown(tensor)} in {shown(shard)}, "
                 "which is not the name of a safetensors file in this folder.",
                 "It is not opened; take the checkpoint from a source you trust.",
             )
@@ -505,6 +505,6 @@ def _sampling_metadata(path: Path) -> dict[str, MetaValue]:
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 2**31:
-            raise InputError(f"{path}: {name} is {shown(str(value))}, not a number that can be used.")
+            raise InputError(f"{path}: {name} is {shown(value)}, not a number that can be used.")
         metadata[f"general.sampling.{key}"] = write(value)
     return metadata

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,17 @@ DOCUMENT_LIMIT = 256 * 2**20
 _SHOWN_CHARACTERS = 80
 
 
-def shown(name: str) -> str:
-    """A foreign string as it may appear in a message: quoted, escaped, of bounded length."""
-    if len(name) > _SHOWN_CHARACTERS:
-        name = name[:_SHOWN_CHARACTERS] + "…"
-    return ascii(name) if not name.isprintable() else repr(name)
+def shown(value: object) -> str:
+    """A foreign value as it may appear in a message: escaped, of bounded length, strings in quotes."""
+    try:
+        text = value if isinstance(value, str) else str(value)
+    except (RecursionError, ValueError):
+        return f"a {type(value).__name__} too large to show"
+    if len(text) > _SHOWN_CHARACTERS:
+        text = text[:_SHOWN_CHARACTERS] + "…"
+    if not text.isprintable():
+        return ascii(text)
+    return repr(text) if isinstance(value, str) else text
 
 
 def listed(names: Iterable[str], most: int = 5) -> str:
@@ -77,4 +84,4 @@ def read_object(path: Path, *, unique_keys: bool = False, limit: int = DOCUMENT_
 
 def read_optional_object(path: Path) -> dict[str, Any]:
     """As `read_object`; an absent file is an empty object."""
-    return read_object(path) if path.exists() else {}
+    return read_object(path) if os.path.exists(path) else {}

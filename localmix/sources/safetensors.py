@@ -161,18 +161,18 @@ def _read_entry(path: Path, name: str, entry: object, room: int) -> tuple[str, t
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     bits = DTYPE_BITS.get(dtype) if isinstance(dtype, str) else None
     if bits is None:
-        raise _broken(path, f"tensor {shown(name)} has the unknown dtype {shown(str(dtype))}")
+        raise _broken(path, f"tensor {shown(name)} has the unknown dtype {shown(dtype)}")
     if not isinstance(shape, list) or len(shape) > _MOST_DIMENSIONS or not all(map(_is_count, shape)):
-        raise _broken(path, f"tensor {shown(name)} has an impossible shape {shown(str(shape))}")
+        raise _broken(path, f"tensor {shown(name)} has an impossible shape {shown(shape)}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
-        raise _broken(path, f"tensor {shown(name)} has impossible data_offsets {shown(str(offsets))}")
+        raise _broken(path, f"tensor {shown(name)} has impossible data_offsets {shown(offsets)}")
     begin, end = offsets
     if not begin <= end <= room:
         raise _broken(path, f"tensor {shown(name)} lies at {begin}…{end} of {room} bytes of data")
     needed = math.prod(shape) * bits
     if needed != (end - begin) * 8:
         lengths = f"{needed // 8} bytes, but {end - begin} are given"
-        raise _broken(path, f"tensor {shown(name)} is {dtype} {shown(str(shape))}: {lengths}")
+        raise _broken(path, f"tensor {shown(name)} is {dtype} {shown(shape)}: {lengths}")
     return dtype, tuple(shape), begin, end
 
 

@@ -7,6 +7,7 @@ that both write the same vocabulary.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -85,7 +86,7 @@ class Tokenizer:
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether there is any tokenizer in the folder, of a kind that can be read or not."""
-    return (folder / MODEL).exists() or (folder / _FAST).exists()
+    return any(os.path.exists(folder / name) for name in (MODEL, _FAST))
 
 
 def read_tokenizer(
@@ -135,8 +136,8 @@ def _read_pieces(folder: Path, size: int) -> _Vocabulary:
     from sentencepiece import SentencePieceProcessor
 
     path = folder / MODEL
-    if not path.exists():
-        if (folder / _FAST).exists():
+    if not os.path.exists(path):
+        if os.path.exists(folder / _FAST):
             raise InputError(
                 f"{folder} has only {_FAST}; vocabularies other than sentencepiece are not converted yet.",
                 f"If the model has a {MODEL}, put it beside {_FAST}.",
@@ -217,7 +218,7 @@ def _added_tokens(folder: Path, tokenizer_config: Mapping[str, Any]) -> Iterator
 
 def _token_id(path: Path, token: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise InputError(f"{path}: token {shown(token)} has the id {shown(str(value))}.", "Ids count from 0.")
+        raise InputError(f"{path}: token {shown(token)} has the id {shown(value)}.", "Ids count from 0.")
     return value
 
 
@@ -278,7 +279,7 @@ def _special_ids(
                 notes.append(f"{path}: the {kind} token is -1, which is read as none.")
             elif not 0 <= value < size:
                 raise InputError(
-                    f"{path}: the {kind} token is {shown(str(value))}, the vocabulary has {size} tokens.",
+                    f"{path}: the {kind} token is {shown(value)}, the vocabulary has {size} tokens.",
                     "Tokenizer and weights belong to different models.",
                 )
             else:
@@ -387,7 +388,7 @@ def _chat_templates(folder: Path, tokenizer_config: Mapping[str, Any]) -> dict[s
 def _template_beside(folder: Path) -> tuple[Path, Any]:
     """The chat template in a file of its own, and where it was found."""
     path = folder / "chat_template.jinja"
-    if path.exists():
+    if os.path.exists(path):
         further = sorted((folder / "additional_chat_templates").glob("*.jinja"))
         if not further:
             return path, _template_text(path)

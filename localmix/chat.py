@@ -1,7 +1,7 @@
 """Chat: a conversation here, the model in a child process, and the reply as a stream of events between them.
 
     with Engine(path, EngineSettings(context=4096)) as engine:
-        conversation = Conversation(engine, system="You are a helpful assistant.")
+        conversation = Conversation(engine)
         for event in conversation.ask("Hello"):
             if isinstance(event, Piece):
                 print(event.text, end="")
@@ -29,9 +29,6 @@ from localmix.worker import Channel, Worker
 
 if TYPE_CHECKING:
     from localmix.native.model import CachedText, Context, Model, Sampling
-
-# Alpaca-2's, which the Chinese-Mixtral chat scripts send
-DEFAULT_SYSTEM = "You are a helpful assistant. 你是一个乐于助人的助手。"
 
 TEMPLATE_SECONDS = 2.0
 DEVICES = ("auto", "cpu", "cuda", "metal")
@@ -275,7 +272,7 @@ class Conversation:
 
     Args:
         engine: the model.
-        system: the system prompt; "" for none.
+        system: the system prompt; none by default, since Mixtral was trained without one.
         sampling: how tokens are chosen; the settings of the Chinese-Mixtral scripts by default.
         limit: most tokens of a reply; None for what the context has room for.
     """
@@ -284,7 +281,7 @@ class Conversation:
         self,
         engine: Engine,
         *,
-        system: str = DEFAULT_SYSTEM,
+        system: str = "",
         sampling: Sampling | None = None,
         limit: int | None = None,
     ) -> None:

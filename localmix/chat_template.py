@@ -43,7 +43,7 @@ def render(
     except Exception as error:  # whatever somebody's program raises
         if messages and messages[0]["role"] == "system":
             return render(template, _without_system(messages), bos=bos, eos=eos, subject=subject)
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise InputError(f"The chat template of {subject} fails: {reason}.") from error
 
 

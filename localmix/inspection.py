@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from localmix.errors import FileError
+from localmix.gguf_format import tensor_bytes
 from localmix.sources.open import open_source
-from localmix.tensor_types import row_bytes
 
 _BLOCK = 4 << 20
 CHAT_TEMPLATE = "tokenizer.chat_template"
@@ -80,9 +80,7 @@ def inspect(path: Path, *, sha256: bool = False, progress: Callable[[int, int, s
     """
     with open_source(path) as source:
         tensors = tuple(
-            TensorSummary(
-                tensor.name, tensor.shape, tensor.type.name, tensor.rows * row_bytes(tensor.type, tensor.columns)
-            )
+            TensorSummary(tensor.name, tensor.shape, tensor.type.name, tensor_bytes(tensor))
             for tensor in source.tensors
         )
         kinds: dict[str, list[tuple[int, int]]] = {}

@@ -307,6 +307,15 @@ def make_room(path: Path) -> Path:
     return path
 
 
+def is_newer(path: Path, inputs: Sequence[Path]) -> bool:
+    """Whether the file is there, and not older than any of the files it is made from."""
+    try:
+        made = path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return False
+    return all(made >= entry.stat().st_mtime_ns for entry in inputs)
+
+
 def find_imatrix(source: Path) -> Path | None:
     """The importance matrix of a model: in the library, or beside its file."""
     name = model_name(source)

@@ -141,7 +141,7 @@ def _vocabulary(source: Source) -> int:
 def available() -> Available:
     """What this process can take now: free and reclaimable memory, or what its cgroups leave. Swap never counts."""
     memory = psutil.virtual_memory()
-    found = Available(memory.available, f"free memory of this machine ({memory.total / GIB:.1f} GiB in all)")
+    found = Available(memory.available, f"what is free of this machine's {memory.total / GIB:.1f} GiB")
     for headroom, name in _cgroup_headroom():
         if headroom < found.bytes:
             found = Available(headroom, name)

@@ -62,17 +62,17 @@ class Console:
             label = _styled(f"{inert(name):<{width}}", "dim", sys.stdout)
             print(f"{label}  {inert(value)}", file=sys.stdout)
 
-    def table(self, table: Table, markdown: bool = False) -> None:
-        """A table: drawn, or as Markdown source."""
+    def table(self, table: Table, markdown: bool = False, to_messages: bool = False) -> None:
+        """A table: drawn, or as Markdown source; on stdout, or on stderr when it belongs to a message."""
+        stream = sys.stderr if to_messages else sys.stdout
         if markdown:
-            print(inert(table.markdown()), file=sys.stdout)
+            print(inert(table.markdown()), file=stream)
             return
         import rich.box
         import rich.console
         import rich.table
         import rich.text
 
-        terminal = sys.stdout.isatty()
         drawn = rich.table.Table(box=rich.box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
         for column in table.columns:
             drawn.add_column(
@@ -84,9 +84,10 @@ class Console:
         for row in table.rows:
             drawn.add_row(*(rich.text.Text(inert(cell), _cell_style(cell)) for cell in row))
         # a pipe has no width: nothing is cut there
-        rich.console.Console(file=sys.stdout, width=None if terminal else 1000, highlight=False).print(drawn)
+        width = None if stream.isatty() else 1000
+        rich.console.Console(file=stream, width=width, highlight=False).print(drawn)
         if table.caption:
-            self.line(table.caption, "dim")
+            print(_styled(inert(table.caption), "dim", stream), file=stream)
 
     def stream(self, text: str) -> None:
         """A piece of a model's reply, at once and without a newline."""
@@ -102,6 +103,11 @@ class Console:
     def note(self, text: str) -> None:
         """Something worth knowing; not a problem."""
         print(_styled(inert(text), "dim", sys.stderr), file=sys.stderr, flush=True)
+
+    def status(self, text: str = "") -> None:
+        """A line that is replaced by the next one, for short waits; on a terminal only. Without text it goes away."""
+        if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+            print(f"\r\x1b[K{_styled(inert(text), 'dim', sys.stderr)}", end="", file=sys.stderr, flush=True)
 
     def warn(self, text: str) -> None:
         """A problem that does not stop the run."""

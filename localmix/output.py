@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
 import os
-import re
 import shutil
+import stat
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,16 +16,16 @@ from types import TracebackType
 
 import filelock
 import platformdirs
-import psutil
 
 from localmix.errors import CapacityError, FileError, LocalmixError, UsageError
 
-_PARTIAL_NAME = re.compile(r"^\.(?P<name>.+)\.(?P<pid>\d+)\.partial$")
+# O_NOFOLLOW: a link in the place of a partial file must not lead the bytes elsewhere
+_OPEN_FLAGS = getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
 def file_error(error: OSError, path: Path, action: str) -> LocalmixError:
     """The sentence for an operating-system error while doing `action` (a verb: "write") to `path`."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)):
         return CapacityError(
             f"There is no space left to {action} {path}.",
             "Free some space, or choose another folder with -o.",
@@ -35,46 +36,78 @@ def file_error(error: OSError, path: Path, action: str) -> LocalmixError:
 class OutputFile:
     """A file of known size that is written at explicit offsets and appears under its name when it is complete.
 
-    Use as a context manager and call `commit` at the end; without it nothing of the file remains.
+    Use as a context manager and call `commit` at the end; without it nothing of the file remains. Only a kill
+    leaves the partial file `.NAME.partial`, and when the run kept a journal, `.NAME.journal` says which of its
+    slices are safely on the disk: the next run with the same fingerprint goes on from there.
 
     Args:
         path: the final name; an earlier file there stays untouched until `commit`.
         size: bytes of the finished file, reserved at once so that a full disk shows before the work.
+        fingerprint: identifies what is written; a partial file of another fingerprint is swept.
+
+    Attributes:
+        done: numbers of the slices that an earlier, killed run already placed.
 
     Raises:
         FileError: the folder is missing or read-only, or another run writes the same output.
         CapacityError: the disk is too small.
     """
 
-    def __init__(self, path: Path, size: int) -> None:
+    def __init__(self, path: Path, size: int, fingerprint: str = "") -> None:
         self.path = path
         self.size = size
-        self._partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        self._fingerprint = fingerprint
+        self._partial = path.with_name(f".{path.name}.partial")
+        self._journal = path.with_name(f".{path.name}.journal")
         self._write_lock = threading.Lock()
+        self._journal_lock = threading.Lock()
+        self._finished = False
+        self.done: frozenset[int] = frozenset()
         self._lock = _lock_for(path)
         try:
-            _sweep_partials(path)
-            self._descriptor = self._create()
-        except BaseException:
+            descriptor = self._resume()
+            self._descriptor = self._create() if descriptor is None else descriptor
+        except BaseException as error:
             self._lock.release()
+            if isinstance(error, OSError):
+                raise file_error(error, path, "write") from error
             raise
 
+    def _resume(self) -> int | None:
+        """Open what a killed run left of the very same output, or sweep it; the lock is held."""
+        done = self._read_journal()
+        if done:
+            with contextlib.suppress(OSError):
+                descriptor = os.open(self._partial, os.O_RDWR | _OPEN_FLAGS)
+                status = os.fstat(descriptor)
+                if stat.S_ISREG(status.st_mode) and status.st_size == self.size:
+                    self.done = done
+                    return descriptor
+                os.close(descriptor)
+        self._journal.unlink(missing_ok=True)
+        self._partial.unlink(missing_ok=True)
+        return None
+
+    def _read_journal(self) -> frozenset[int]:
+        if not self._fingerprint:
+            return frozenset()
+        try:
+            journal = json.loads(self._journal.read_text("utf-8"))
+            if journal["fingerprint"] != self._fingerprint:
+                return frozenset()
+            bitmap = int(journal["done"], 16)
+        except (OSError, ValueError, TypeError, KeyError):
+            return frozenset()  # none, or broken: then there is nothing to go on from
+        return frozenset(slot for slot in range(bitmap.bit_length()) if bitmap >> slot & 1)
+
     def _create(self) -> int:
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
-        flags |= getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
+        descriptor = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | _OPEN_FLAGS, 0o666)
         try:
-            descriptor = os.open(self._partial, flags, 0o666)
-        except OSError as error:
-            raise file_error(error, self.path, "write") from error
-        try:
-            if hasattr(os, "posix_fallocate") and self.size:
-                os.posix_fallocate(descriptor, 0, self.size)
-            else:
-                os.truncate(descriptor, self.size)
-        except OSError as error:
+            _reserve(descriptor, self.size)
+        except OSError:
             os.close(descriptor)
             self._partial.unlink()
-            raise file_error(error, self.path, "write") from error
+            raise
         return descriptor
 
     def write(self, offset: int, data: memoryview | bytes) -> None:
@@ -96,10 +129,23 @@ class OutputFile:
             os.lseek(self._descriptor, offset, os.SEEK_SET)
             return os.write(self._descriptor, data)
 
-    def _close(self) -> None:
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
+    def keep(self, done: Iterable[int]) -> None:
+        """Make what was written durable, then note in the journal that these slices need not be made again.
+
+        Args:
+            done: numbers of all slices whose bytes were written before this call.
+        """
+        bitmap = sum(1 << slot for slot in set(done))
+        try:
+            os.fsync(self._descriptor)
+            with self._journal_lock:
+                if self._finished:
+                    return
+                fresh = self._journal.with_name(self._journal.name + ".new")
+                fresh.write_text(json.dumps({"fingerprint": self._fingerprint, "done": f"{bitmap:x}"}), "utf-8")
+                os.replace(fresh, self._journal)
+        except OSError as error:
+            raise file_error(error, self.path, "write") from error
 
     def commit(self) -> None:
         """Make the file durable and give it its name."""
@@ -111,6 +157,13 @@ class OutputFile:
         except OSError as error:
             raise file_error(error, self.path, "write") from error
 
+    def _close(self) -> None:
+        with self._journal_lock:  # a journal that is being written would come back after it was swept
+            self._finished = True
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
     def __enter__(self) -> OutputFile:
         return self
 
@@ -118,8 +171,22 @@ class OutputFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._close()
-        self._partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the first error, if there is one, is the one to tell
+            self._journal.unlink(missing_ok=True)
+            self._partial.unlink(missing_ok=True)
         self._lock.release()
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Take the disk space of a file now rather than when it is full halfway."""
+    if hasattr(os, "posix_fallocate") and size:
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # some file systems cannot reserve
+                raise
+    os.truncate(descriptor, size)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -164,7 +231,7 @@ def check_outputs(outputs: Sequence[tuple[Path, int]], inputs: Iterable[Path]) -
                     "Choose another output with -o.",
                 )
         device = folder.stat().st_dev
-        needed[device] = folder, needed.get(device, (folder, 0))[1] + size
+        needed[device] = folder, needed.get(device, (folder, 0))[1] + size - _already_taken(path)
     for folder, size in needed.values():
         free = shutil.disk_usage(folder).free
         if size > free:
@@ -172,6 +239,14 @@ def check_outputs(outputs: Sequence[tuple[Path, int]], inputs: Iterable[Path]) -
                 f"{folder} has {free / 2**30:.2f} GiB free, and the output takes {size / 2**30:.2f} GiB.",
                 "Free some space, or choose another folder with -o.",
             )
+
+
+def _already_taken(path: Path) -> int:
+    """Bytes on the disk that a killed run left for this output: they are used again or freed."""
+    try:
+        return getattr(path.with_name(f".{path.name}.partial").lstat(), "st_blocks", 0) * 512
+    except OSError:
+        return 0
 
 
 def _lock_for(path: Path) -> filelock.BaseFileLock:
@@ -189,19 +264,6 @@ def _lock_for(path: Path) -> filelock.BaseFileLock:
     except OSError as error:
         raise file_error(error, folder, "write") from error
     return lock
-
-
-def _sweep_partials(path: Path) -> None:
-    """Remove what killed runs left for this output; the lock is held, so a living writer is another machine's."""
-    try:
-        siblings = list(path.parent.iterdir())
-    except OSError as error:
-        raise file_error(error, path, "write") from error
-    for sibling in siblings:
-        match = _PARTIAL_NAME.match(sibling.name)
-        if match and match["name"] == path.name and not psutil.pid_exists(int(match["pid"])):
-            with contextlib.suppress(OSError):
-                sibling.unlink()
 
 
 def _sync_folder(folder: Path) -> None:

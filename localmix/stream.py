@@ -1,18 +1,24 @@
-"""Stream: produce every slice of every output from one read of the source, on all cores, in bounded memory."""
+"""Stream: produce every slice of every output from one read of the source, on all cores, in bounded memory.
+
+What is done is noted in a journal beside each output every few seconds, so that a killed run goes on where it was.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from localmix import __version__
 from localmix.errors import InputError
 from localmix.importance import Importance
 from localmix.native.kernels import prepare, quantize_rows
@@ -28,10 +34,15 @@ Progress = Callable[[int, int, str], None]
 SLICE_WEIGHTS = 1 << 20
 
 
+# Seconds between two entries in the journal: what a kill can cost.
+JOURNAL_SECONDS = 5.0
+
+
 @dataclass(frozen=True)
 class _Slice:
     """Rows of one tensor, never of two experts: each expert has an importance row of its own."""
 
+    number: int
     tensor: int
     start: int
     stop: int
@@ -39,13 +50,29 @@ class _Slice:
 
 
 def _slices(tensors: Sequence[TensorInfo]) -> Iterator[_Slice]:
+    number = 0
     for index, tensor in enumerate(tensors):
         rows_per_expert = tensor.shape[-2] if len(tensor.shape) > 1 else 1
         step = max(1, SLICE_WEIGHTS // tensor.columns)
         for first in range(0, tensor.rows, rows_per_expert):
             for start in range(first, first + rows_per_expert, step):
                 stop = min(start + step, first + rows_per_expert)
-                yield _Slice(index, start, stop, first // rows_per_expert)
+                yield _Slice(number, index, start, stop, first // rows_per_expert)
+                number += 1
+
+
+def _fingerprint(source: Source, plan: Plan, importance: Importance | None) -> str:
+    """What the bytes of an output depend on; a partial file of another fingerprint is not gone on with."""
+    digest = hashlib.sha256(f"{__version__} {SLICE_WEIGHTS}".encode())
+    digest.update(plan.header)
+    for path in source.files():
+        status = path.stat()
+        digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode())
+    for name, entry in sorted(importance.entries.items()) if importance is not None else ():
+        digest.update(name.encode())
+        digest.update(entry.sums.tobytes())
+        digest.update(entry.counts.tobytes())
+    return digest.hexdigest()
 
 
 def write_outputs(
@@ -55,16 +82,18 @@ def write_outputs(
     *,
     threads: int,
     progress: Progress | None = None,
+    journal_seconds: float = JOURNAL_SECONDS,
 ) -> None:
     """Write one file for each plan, reading and widening each weight once.
 
-    All files appear together at the end, or none does.
+    All files appear together at the end, or none does. The same call after a kill makes only what is missing.
 
     Args:
         outputs: plans of this source, each with its final path.
         importance: the importance matrix for all of them.
         threads: slices in work at once.
         progress: called with (weights done, weights in all, tensor's name).
+        journal_seconds: how often what is done is made durable and noted.
 
     Raises:
         InputError: NaN or Inf in the source (the tensor and the place are named), a value that F16 cannot hold,
@@ -73,17 +102,59 @@ def write_outputs(
     """
     check_outputs([(path, plan.file_bytes) for plan, path in outputs], source.files())
     with ExitStack() as stack:
-        files = [stack.enter_context(OutputFile(path, plan.file_bytes)) for plan, path in outputs]
+        files = [
+            stack.enter_context(OutputFile(path, plan.file_bytes, _fingerprint(source, plan, importance)))
+            for plan, path in outputs
+        ]
         for (plan, _), file in zip(outputs, files, strict=True):
             file.write(0, plan.header)
         plans = [plan.tensors for plan, _ in outputs]
         for kind in {tensor.type for plan in plans for tensor in plan} - set(FLOAT_TYPES):
             prepare(kind)
         worker = _SliceWorker(source, plans, files, importance)
-        _run(worker, list(_slices(source.tensors)), source, threads, progress)
+        with _Journal(files, journal_seconds) as journal:
+            _run(worker, list(_slices(source.tensors)), journal, threads, progress)
         source.check_unchanged()
         for file in files:
             file.commit()
+
+
+class _Journal:
+    """Notes every few seconds, from a thread of its own, which slices every output holds for good."""
+
+    def __init__(self, files: Sequence[OutputFile], seconds: float) -> None:
+        self._files = files
+        self._seconds = seconds
+        self._stop = threading.Event()
+        self._error: BaseException | None = None
+        # what all outputs have: a slice is read once for all of them
+        self.done = set(frozenset.intersection(*(file.done for file in files)))
+        self._thread = threading.Thread(target=self._keep_on, name="journal", daemon=True)
+
+    def _keep_on(self) -> None:
+        try:
+            while not self._stop.wait(self._seconds):
+                done = self.done.copy()
+                for file in self._files:
+                    file.keep(done | file.done)
+        except BaseException as error:  # told by the thread that waits for the slices
+            self._error = error
+
+    def check(self) -> None:
+        """Raise what went wrong while keeping the journal: a full or broken disk."""
+        if self._error is not None:
+            raise self._error
+
+    def __enter__(self) -> _Journal:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        # a sync that the disk is slow to answer must not hold up a Ctrl-C
+        self._thread.join(timeout=1 if error is not None else None)
 
 
 class _SliceWorker:
@@ -96,7 +167,7 @@ class _SliceWorker:
         files: Sequence[OutputFile],
         importance: Importance | None,
     ) -> None:
-        self._source = source
+        self.source = source
         self._plans = plans
         self._files = files
         self._importance = importance
@@ -114,12 +185,14 @@ class _SliceWorker:
 
     def __call__(self, part: _Slice) -> int:
         """Read, quantize and place one slice; returns its number of weights."""
-        info = self._source.tensors[part.tensor]
-        stored = self._source.read(info, part.start, part.stop)
+        info = self.source.tensors[part.tensor]
+        stored = self.source.read(info, part.start, part.stop)
         wide: npt.NDArray[np.float32] | None = None
         if info.type in FLOAT_TYPES:
-            _check_finite(stored, info, part.start, self._source)
+            _check_finite(stored, info, part.start, self.source)
         for plan, file in zip(self._plans, self._files, strict=True):
+            if part.number in file.done:
+                continue
             tensor = plan[part.tensor]
             if tensor.type == info.type:
                 encoded: npt.NDArray[Any] = np.ascontiguousarray(stored)
@@ -128,7 +201,7 @@ class _SliceWorker:
                     wide = np.ascontiguousarray(widen(stored, info.type))
                 encoded = quantize_rows(tensor.type, wide, self._importance_row(info, part.expert))
                 if tensor.type == TensorType.F16:
-                    _check_half(encoded, wide, info, part.start, self._source)
+                    _check_half(encoded, wide, info, part.start, self.source)
             row = tensor.bytes // info.rows
             file.write(tensor.offset + part.start * row, encoded.reshape(-1).view(np.uint8).data)
         return (part.stop - part.start) * info.columns
@@ -171,14 +244,18 @@ def _check_half(
 def _run(
     worker: _SliceWorker,
     slices: Sequence[_Slice],
-    source: Source,
+    journal: _Journal,
     threads: int,
     progress: Progress | None,
 ) -> None:
     """Keep the threads busy with a short queue, and stop them all at the first error or Ctrl-C."""
-    total, done = source.parameters, 0
+    source = worker.source
+    total = source.parameters
+    done = sum(
+        (part.stop - part.start) * source.tensors[part.tensor].columns for part in slices if part.number in journal.done
+    )
     waiting: dict[Future[int], _Slice] = {}
-    todo = iter(slices)
+    todo = (part for part in slices if part.number not in journal.done)
     with ThreadPoolExecutor(threads, thread_name_prefix="quantize") as pool:
         try:
             while True:
@@ -188,9 +265,11 @@ def _run(
                     return
                 # a timeout lets Ctrl-C through on Windows, where a wait for ever is deaf
                 finished, _ = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
+                journal.check()
                 for future in finished:
                     part = waiting.pop(future)
                     done += future.result()
+                    journal.done.add(part.number)
                     if progress is not None:
                         progress(done, total, source.tensors[part.tensor].name)
         except BaseException:

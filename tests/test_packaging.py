@@ -76,9 +76,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps"]
     subprocess.run([*command, "--no-index", str(wheel)], check=True, capture_output=True)
     place = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    packages = subprocess.run(
-        [python, "-c", place], check=True, capture_output=True, text=True
-    ).stdout.strip()
+    packages = subprocess.run([python, "-c", place], check=True, capture_output=True, text=True).stdout.strip()
     Path(packages, "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
     return scripts
 
@@ -105,13 +103,11 @@ def test_the_wheel_is_pure_and_complete(wheel: Path) -> None:
 def test_the_wheel_asks_for_nothing_heavy(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         metadata = archive.read(f"localmix-{localmix.__version__}.dist-info/METADATA").decode()
-    required = [
-        line for line in re.findall(r"^Requires-Dist: (.+)$", metadata, re.MULTILINE) if "extra" not in line
-    ]
+    required = [line for line in re.findall(r"^Requires-Dist: (.+)$", metadata, re.MULTILINE) if "extra" not in line]
     assert "llama-cpp-python==0.3.36" in required
     names = {re.split(r"[^\w-]", line)[0].lower() for line in required}
     wanted = """llama-cpp-python gguf huggingface-hub numpy safetensors sentencepiece rich click
-    prompt-toolkit platformdirs psutil pyyaml jinja2"""
+    prompt-toolkit platformdirs psutil pyyaml jinja2 filelock"""
     assert names == set(wanted.split())
 
 

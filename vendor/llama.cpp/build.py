@@ -305,13 +305,12 @@ def run(command: list[str], log: Path, what: str, environment: dict[str, str] | 
                 print(" " * 79, end="\r", file=sys.stderr, flush=True)
     if process.returncode != 0:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        errors = [line for line in lines if re.search(r"\berror\b", line, re.IGNORECASE)] or lines[-6:]
+        # From the first error on: what follows it says why, what comes last only says that there was one.
+        first = next((n for n, line in enumerate(lines) if re.search(r"CMake Error|error:|ERROR:", line)), -6)
+        told = [f"  {line[:200]}" for line in lines[first:] if line.strip()][:6]
         kept = cache_folder() / "failed-build.log"
         shutil.copyfile(log, kept)
-        raise Problem(
-            f"{what} failed:\n" + "\n".join(f"  {line[:300]}" for line in list(dict.fromkeys(errors))[:6]),
-            f"The whole log is in {kept}",
-        )
+        raise Problem("\n".join([f"{what} failed:", *told]), f"The whole log is in {kept}")
 
 
 @contextlib.contextmanager

@@ -72,6 +72,14 @@ def test_sizes_of_mixtral_8x7b(has_imatrix: bool, mixtral: Source) -> None:
         assert plan.bits_per_weight == pytest.approx(bpw, abs=0.0051), name
 
 
+def test_the_recipe_of_january_2024_brings_back_the_published_bits_per_weight(mixtral: Source) -> None:
+    published = (16.0, 8.50, 6.57, 5.69, 5.52, 4.87, 4.53, 3.86, 3.14, 2.96, 2.34, 2.10)
+    planner = Planner(mixtral)
+    for name, bpw in zip(load_presets().find_set("hfl-2024-01"), published, strict=True):
+        plan = planner.plan(load_presets().find(name))
+        assert plan.bits_per_weight == pytest.approx(bpw, abs=0.01), name
+
+
 def test_planning_twelve_types_of_mixtral_takes_no_time(mixtral: Source) -> None:
     started = time.monotonic()
     planner = Planner(mixtral)

@@ -99,6 +99,7 @@ def quantization_table(rows: Sequence[QuantizationRow], caption: str = "") -> Ta
     """Size, bits per weight, perplexity and speed of each model; the model's name only when there are several."""
     unit, unit_name = size_unit(row.bytes for row in rows)
     several = len({row.model for row in rows}) > 1
+    timed = any(row.ms_per_token is not None for row in rows)
     columns = [Column("Model", number=False)] if several else []
     columns += [
         Column("Type", number=False),
@@ -106,8 +107,8 @@ def quantization_table(rows: Sequence[QuantizationRow], caption: str = "") -> Ta
         Column("BPW"),
         Column("PPL"),
         Column("±"),
-        Column("ms/token"),
     ]
+    columns += [Column("ms/token")] if timed else []
     return Table(
         tuple(columns),
         tuple((*([row.model] if several else []), row.type, f"{row.bytes / unit:.2f}", *_numbers(row)) for row in rows),

@@ -8,6 +8,7 @@ document on stdout and nothing is coloured. Colour and progress bars appear on a
 from __future__ import annotations
 
 import dataclasses
+import io
 import json as json_format
 import os
 import sys
@@ -83,9 +84,14 @@ class Console:
             )
         for row in table.rows:
             drawn.add_row(*(rich.text.Text(inert(cell), _cell_style(cell)) for cell in row))
-        # a pipe has no width: nothing is cut there
-        width = None if stream.isatty() else 1000
-        rich.console.Console(file=stream, width=width, highlight=False).print(drawn)
+        if stream.isatty():
+            rich.console.Console(file=stream, highlight=False).print(drawn)
+        else:  # a pipe has no width: nothing is cut there
+            console = rich.console.Console(file=io.StringIO(), width=1000, highlight=False)
+            with console.capture() as captured:
+                console.print(drawn)
+            for line in captured.get().splitlines():
+                print(line.rstrip(), file=stream)
         if table.caption:
             print(_styled(inert(table.caption), "dim", stream), file=stream)
 

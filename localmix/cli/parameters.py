@@ -82,14 +82,6 @@ SET = SetName()
 
 json_option = click.option("--json", is_flag=True, help="One JSON document on stdout, and no colour.")
 markdown_option = click.option("--markdown", is_flag=True, help="The table as Markdown.")
-corpora_option = click.option(
-    "--corpus",
-    "corpora",
-    type=FILE,
-    required=True,
-    multiple=True,
-    help="A UTF-8 text file; several are read one after the other.",
-)
 threads_option = click.option(
     "--threads", type=click.IntRange(min=1), help="Threads to use; the physical cores by default."
 )

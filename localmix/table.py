@@ -109,20 +109,19 @@ def quantization_table(rows: Sequence[QuantizationRow], caption: str = "") -> Ta
         Column("±"),
     ]
     columns += [Column("ms/token")] if timed else []
-    return Table(
-        tuple(columns),
-        tuple((*([row.model] if several else []), row.type, f"{row.bytes / unit:.2f}", *_numbers(row)) for row in rows),
-        caption,
-    )
-
-
-def _numbers(row: QuantizationRow) -> tuple[str, str, str, str]:
-    return (
-        number(row.bpw, 2),
-        "failed" if row.failed else number(row.ppl, 4),
-        number(None if row.failed else row.error, 4),
-        number(row.ms_per_token, 2),
-    )
+    cells = [
+        (
+            *([row.model] if several else []),
+            row.type,
+            f"{row.bytes / unit:.2f}",
+            number(row.bpw, 2),
+            "failed" if row.failed else number(row.ppl, 4),
+            number(None if row.failed else row.error, 4),
+            *([number(row.ms_per_token, 2)] if timed else []),
+        )
+        for row in rows
+    ]
+    return Table(tuple(columns), tuple(cells), caption)
 
 
 def number(value: float | None, digits: int) -> str:

@@ -23,14 +23,14 @@ def command(json: bool) -> None:
         if not models:
             console.note(f"The library {library.home()} is empty. `localmix convert FOLDER` makes the first model.")
             return
-        rows = [(file.name, size(file.bytes), str(file.path.name)) for model in models for file in model.files]
-        rows += [
-            (f"{model.name} (imatrix)", size(model.imatrix.stat().st_size), model.imatrix.name)
-            for model in models
-            if model.imatrix
-        ]
+        rows = []
+        for model in models:
+            rows += [(file.name, size(file.bytes), file.path.name) for file in model.files]
+            if model.imatrix:
+                taken = size(model.imatrix.stat().st_size)
+                rows.append((f"{model.name} (imatrix)", taken, model.imatrix.name))
         columns = (Column("Model", number=False), Column("Size"), Column("File", number=False))
         total = size(sum(model.bytes for model in models))
-        console.table(Table(columns, tuple(sorted(rows)), f"{total} in {library.home()}"))
+        console.table(Table(columns, tuple(rows), f"{total} in {library.home()}"))
 
     console.result({"path": library.home(), "models": models}, draw)

@@ -44,6 +44,10 @@ POLL_SECONDS = 0.2  # a blocked wait cannot be interrupted by Ctrl-C on Windows
 LOG_BYTES = 65536  # how much of the child's output is searched for its last words
 READY = b"localmix worker ready\n"
 LESS_MEMORY = "Close other programs, or choose a smaller type or context."
+ENVIRONMENT = {
+    "GGML_NO_BACKTRACE": "1",  # else an abort starts a debugger, where one is installed
+    "OPENBLAS_NUM_THREADS": "1",  # numpy's threads would spin on the cores that llama.cpp's threads need
+}
 STOP = sys.maxsize  # a cancel that covers every message to come
 
 
@@ -218,7 +222,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
-            env={**os.environ, "GGML_NO_BACKTRACE": "1"},
+            env={**os.environ, **ENVIRONMENT},
             creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
         )
         self._request(self._call)

@@ -42,9 +42,7 @@ def weight_type(source: Source) -> str:
         weights[tensor.type.name] += tensor.elements
     name = weights.most_common(1)[0][0]
     if name not in {kind.name for kind in FLOAT_TYPES}:
-        raise InputError(
-            f"{source.path} is already quantized ({name}).", "Convert the checkpoint it came from."
-        )
+        raise InputError(f"{source.path} is already quantized ({name}).", "Convert the checkpoint it came from.")
     return name
 
 

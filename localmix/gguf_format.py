@@ -91,9 +91,7 @@ def encode_value(value: MetaValue) -> bytes:
     if value.type != ValueType.ARRAY:
         return tag + _payload(value.type, [value.value])
     assert value.item_type is not None
-    return (
-        tag + struct.pack("<IQ", value.item_type, len(value.value)) + _payload(value.item_type, value.value)
-    )
+    return tag + struct.pack("<IQ", value.item_type, len(value.value)) + _payload(value.item_type, value.value)
 
 
 def layout(tensors: Iterable[TensorInfo], alignment: int = DEFAULT_ALIGNMENT) -> tuple[list[int], int]:
@@ -231,8 +229,7 @@ def _read_tensor(cursor: _Cursor) -> tuple[TensorInfo, int]:
         raise cursor.fail(f"{cursor.what} has the unknown type {number}") from None
     if math.prod(shape) == 0 or math.prod(shape) >= 1 << 63 or not fits(kind, shape[-1]):
         raise cursor.fail(
-            f"{cursor.what} has the shape {list(shape)}, which {kind.name} in blocks of"
-            f" {BLOCKS[kind][0]} cannot hold"
+            f"{cursor.what} has the shape {list(shape)}, which {kind.name} in blocks of {BLOCKS[kind][0]} cannot hold"
         )
     return TensorInfo(name, shape, kind), cursor.number("Q")
 

@@ -50,6 +50,8 @@ class Importance:
     Attributes:
         chunk_size: tokens of a chunk; 0 in the older format, which does not say.
         path: where it was read from.
+        fill_with_ones: what an expert that no token reached gets: ones, as llama.cpp gives it without a word,
+            or the mean of the layer's other experts, which knows at least which columns carry the layer.
     """
 
     entries: Mapping[str, Entry]
@@ -57,11 +59,10 @@ class Importance:
     chunk_count: int = 0
     chunk_size: int = 0
     path: Path = field(default_factory=Path)
+    fill_with_ones: bool = False
 
     def rows(self, tensor: TensorInfo) -> npt.NDArray[np.float32] | None:
         """Mean squared input of each column, float32 `[experts, columns]`; None for a tensor not covered.
-
-        A row that saw no token is all ones, as in llama.cpp: every column counts the same.
 
         Raises:
             InputError: the entry has another size than the tensor, so it is of another model.
@@ -78,6 +79,9 @@ class Importance:
             )
         counts = entry.counts[:, None]
         means = np.divide(entry.sums, counts, out=np.ones_like(entry.sums), where=counts > 0)
+        covered = entry.counts > 0
+        if not self.fill_with_ones and covered.any():
+            means[~covered] = means[covered].mean(axis=0)
         return means.reshape(experts, tensor.columns)
 
 

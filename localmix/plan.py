@@ -9,17 +9,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from localmix.errors import InputError, UsageError
-from localmix.gguf_format import encode_header, layout, tensor_bytes
+from gguf.constants import GGUFValueType as ValueType
+
+from localmix.errors import InputError
+from localmix.gguf_format import encode_header, layout, padded, tensor_bytes
 from localmix.importance import Importance
 from localmix.native.kernels import requires_importance
-from localmix.native.mixture import choose_types, file_type
+from localmix.native.mixture import Mixture, choose_types, file_type
 from localmix.presets import Preset, Rule
 from localmix.sources.base import MetaValue, Source, TensorInfo, text, u32
 from localmix.tensor_types import FLOAT_TYPES, TensorType
 
 QUANTIZATION_VERSION = 2  # ggml.h, GGML_QNT_VERSION
+COPY = "COPY"  # the base of the preset that leaves every tensor as it is
 
 
 @dataclass(frozen=True)
@@ -29,13 +33,15 @@ class PlannedTensor:
     Attributes:
         info: name and shape, with the type it has in the source.
         type: the type it will have.
-        offset: where its bytes start, counted from the start of the output file.
+        part: number of the file it lies in, 0 for an output that is not split.
+        offset: where its bytes start, counted from the start of that file.
         bytes: how many there are.
         meant: the type the preset wanted when the columns fit no block of it, else None.
     """
 
     info: TensorInfo
     type: TensorType
+    part: int
     offset: int
     bytes: int
     meant: TensorType | None = None
@@ -43,10 +49,16 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything about an output file but its weights."""
+    """Everything about an output but its weights.
+
+    Attributes:
+        type: the preset's name.
+        headers: the head of each file; more than one when the output is split.
+        tensors: in the order of the source.
+    """
 
     type: str
-    header: bytes
+    headers: tuple[bytes, ...]
     tensors: tuple[PlannedTensor, ...]
 
     @property
@@ -55,9 +67,25 @@ class Plan:
         return sum(tensor.bytes for tensor in self.tensors)
 
     @property
+    def part_bytes(self) -> tuple[int, ...]:
+        """Bytes of each file."""
+        sizes = [len(header) for header in self.headers]
+        for tensor in self.tensors:
+            sizes[tensor.part] += padded(tensor.bytes)
+        return tuple(sizes)
+
+    @property
     def file_bytes(self) -> int:
-        """Bytes of the whole file."""
-        return len(self.header) + layout(output_info(tensor) for tensor in self.tensors)[1]
+        """Bytes of all files together."""
+        return sum(self.part_bytes)
+
+    def paths(self, path: Path) -> tuple[Path, ...]:
+        """The file of each part, for an output called `path`; llama.cpp's names when it is split."""
+        count = len(self.headers)
+        if count == 1:
+            return (path,)
+        stem = path.name.removesuffix(".gguf")
+        return tuple(path.with_name(f"{stem}-{part + 1:05d}-of-{count:05d}.gguf") for part in range(count))
 
     @property
     def parameters(self) -> int:
@@ -80,11 +108,6 @@ class Plan:
         return dict(Counter(tensor.type.name for tensor in self.tensors))
 
 
-def output_info(tensor: PlannedTensor) -> TensorInfo:
-    """The tensor as the output names it: with its new type."""
-    return replace(tensor.info, type=tensor.type)
-
-
 class Planner:
     """Plans outputs of one source; many types cost little more than one.
 
@@ -103,6 +126,7 @@ class Planner:
         rules: Sequence[Rule] = (),
         has_imatrix: bool = False,
         importance: Importance | None = None,
+        split_bytes: int | None = None,
     ) -> Plan:
         """Decide the type of every tensor.
 
@@ -111,35 +135,56 @@ class Planner:
             rules: go before the preset's own.
             has_imatrix: an importance matrix will be there; it changes some mixtures.
             importance: the importance matrix, if it is already at hand; its origin goes into the metadata.
+            split_bytes: put no more than this into one file, unless a single tensor is larger.
 
         Raises:
             InputError: llama.cpp cannot quantize this model.
             UsageError: a rule is no regular expression or matches nothing.
         """
-        mixture = choose_types(
+        mixture = self._mixture(preset, rules, has_imatrix or importance is not None)
+        infos = [replace(tensor, type=mixture.types[tensor.name]) for tensor in self._source.tensors]
+        parts = _parts(infos, split_bytes)
+        headers: list[bytes] = []
+        tensors: list[PlannedTensor] = []
+        for part, members in enumerate(parts):
+            metadata = self._metadata(preset, importance) if part == 0 else {}
+            if len(parts) > 1:
+                metadata |= _split_metadata(part, len(parts), len(infos))
+            header = encode_header(metadata, [infos[index] for index in members])
+            headers.append(header)
+            offsets, _ = layout(infos[index] for index in members)
+            for index, offset in zip(members, offsets, strict=True):
+                info = infos[index]
+                tensors.append(
+                    PlannedTensor(
+                        self._source.tensors[index],
+                        info.type,
+                        part,
+                        len(header) + offset,
+                        tensor_bytes(info),
+                        mixture.fallbacks.get(info.name),
+                    )
+                )
+        return Plan(preset.name, tuple(headers), tuple(tensors))
+
+    def _mixture(self, preset: Preset, rules: Sequence[Rule], has_imatrix: bool) -> Mixture:
+        if preset.base == COPY:
+            return Mixture({tensor.name: tensor.type for tensor in self._source.tensors}, {})
+        return choose_types(
             self._skeleton,
             preset.base,
             [(rule.tensor, rule.type) for rule in (*rules, *preset.rules)],
             output_type=preset.output,
             embedding_type=preset.embedding,
             pure=preset.pure,
-            has_imatrix=has_imatrix or importance is not None,
+            has_imatrix=has_imatrix,
         )
-        infos = [replace(tensor, type=mixture.types[tensor.name]) for tensor in self._source.tensors]
-        header = encode_header(self._metadata(preset, importance), infos)
-        offsets, _ = layout(infos)
-        tensors = tuple(
-            PlannedTensor(
-                tensor, info.type, len(header) + offset, tensor_bytes(info), mixture.fallbacks.get(info.name)
-            )
-            for tensor, info, offset in zip(self._source.tensors, infos, offsets, strict=True)
-        )
-        return Plan(preset.name, header, tensors)
 
     def _metadata(self, preset: Preset, importance: Importance | None) -> dict[str, MetaValue]:
         metadata = dict(self._source.metadata)
         metadata["general.quantization_version"] = u32(QUANTIZATION_VERSION)
-        metadata["general.file_type"] = u32(file_type(preset.base))
+        if preset.base != COPY:
+            metadata["general.file_type"] = u32(file_type(preset.base))
         if importance is not None:
             metadata["quantize.imatrix.file"] = text(importance.path.name)
             if importance.datasets:
@@ -147,6 +192,29 @@ class Planner:
             metadata["quantize.imatrix.entries_count"] = u32(len(importance.entries))
             metadata["quantize.imatrix.chunks_count"] = u32(importance.chunk_count)
         return metadata
+
+
+def _parts(infos: Sequence[TensorInfo], split_bytes: int | None) -> list[list[int]]:
+    """Indexes of the tensors of each file, in order; all in one file without a limit."""
+    parts: list[list[int]] = [[]]
+    size = 0
+    for index, info in enumerate(infos):
+        more = padded(tensor_bytes(info))
+        if split_bytes is not None and parts[-1] and size + more > split_bytes:
+            parts.append([])
+            size = 0
+        parts[-1].append(index)
+        size += more
+    return parts
+
+
+def _split_metadata(part: int, count: int, tensors: int) -> dict[str, MetaValue]:
+    """What llama.cpp looks for in each part (llama.cpp, tools/gguf-split)."""
+    return {
+        "split.no": MetaValue(ValueType.UINT16, part),
+        "split.count": MetaValue(ValueType.UINT16, count),
+        "split.tensors.count": MetaValue(ValueType.INT32, tensors),
+    }
 
 
 def _skeleton(source: Source) -> bytes:
@@ -167,21 +235,19 @@ def _skeleton(source: Source) -> bytes:
     return encode_header(metadata, infos) + bytes(layout(infos)[1])
 
 
-def check_quantizable(plan: Plan, source: Source, allow_requantize: bool = False) -> None:
+def check_quantizable(plan: Plan, source: Source) -> None:
     """Refuse a source that is already quantized where the plan would change it again.
 
     Raises:
         InputError: a tensor is quantized and the plan gives it another type.
     """
     for tensor in plan.tensors:
-        if tensor.type == tensor.info.type or tensor.info.type in FLOAT_TYPES:
-            continue
-        if not allow_requantize:
+        if tensor.type != tensor.info.type and tensor.info.type not in FLOAT_TYPES:
             raise InputError(
                 f"{source.path} is already quantized ({tensor.info.name} is {tensor.info.type.name}).",
-                "Quantize from the checkpoint or from a BF16, F16 or F32 file: a second loss adds to the first.",
+                "Quantize from the checkpoint or from a BF16, F16 or F32 file; --allow-requantize goes on"
+                " with the loss added to the first one.",
             )
-        raise UsageError(f"{source.path}: tensors of type {tensor.info.type.name} cannot be widened yet.")
 
 
 def check_importance(plan: Plan, importance: Importance | None) -> None:

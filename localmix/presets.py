@@ -90,9 +90,7 @@ def tensor_type(name: str) -> TensorType:
     by_name = {kind.name.upper(): kind for kind in TensorType}
     if name.upper() not in by_name:
         near = difflib.get_close_matches(name.upper(), by_name, n=3, cutoff=0.4)
-        raise UsageError(
-            f"There is no tensor type {name!r}.", f"Did you mean {' or '.join(near)}?" if near else ""
-        )
+        raise UsageError(f"There is no tensor type {name!r}.", f"Did you mean {' or '.join(near)}?" if near else "")
     return by_name[name.upper()]
 
 
@@ -144,9 +142,7 @@ class _Reader:
         self._path = path
 
     def error(self, where: str, reason: str) -> InputError:
-        return InputError(
-            f"{self._path}: {where} {reason}.", "The head of quant_presets.yaml lists the fields."
-        )
+        return InputError(f"{self._path}: {where} {reason}.", "The head of quant_presets.yaml lists the fields.")
 
     def mapping(self, value: Any, where: str, keys: Sequence[str] | None = None) -> Mapping[str, Any]:
         if value is None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from localmix.errors import UsageError
@@ -12,7 +12,7 @@ from localmix.importance import Importance, load_importance
 from localmix.native.devices import default_threads
 from localmix.plan import Plan, Planner, check_importance, check_quantizable
 from localmix.presets import Preset, Rule, tensor_type
-from localmix.sources.base import Source
+from localmix.sources.base import MetaValue, Source, boolean, f32, text, u32
 from localmix.sources.open import open_source
 from localmix.stream import Progress, write_outputs
 
@@ -22,11 +22,14 @@ class OutputSummary:
     """One finished (or, in a dry run, planned) file.
 
     Attributes:
+        path: the file, or the first of its parts when the output is split.
+        parts: all files.
         bpw: mean bits of a weight.
         fallbacks: tensors whose columns fit no block of the type that was meant, as `NAME: MEANT -> TYPE`.
     """
 
     path: Path
+    parts: tuple[Path, ...]
     type: str
     bytes: int
     bpw: float
@@ -54,11 +57,41 @@ def parse_rule(spec: str) -> Rule:
     return Rule(pattern, tensor_type(kind))
 
 
+_OVERRIDES: Mapping[str, Callable[[str], MetaValue]] = {
+    "int": lambda value: u32(int(value)),
+    "float": lambda value: f32(float(value)),
+    "bool": lambda value: boolean({"true": True, "false": False}[value.lower()]),
+    "str": text,
+}
+
+
+def parse_override(spec: str) -> tuple[str, MetaValue]:
+    """`KEY=TYPE:VALUE` as a metadata entry, with the types `llama-quantize` knows.
+
+    Raises:
+        UsageError: the form, the type or the value is wrong.
+    """
+    key, _, typed = spec.partition("=")
+    kind, colon, value = typed.partition(":")
+    if not key or not colon or kind not in _OVERRIDES:
+        raise UsageError(
+            f"{spec!r} is no metadata entry.",
+            f"Write KEY=TYPE:VALUE with a type of {', '.join(_OVERRIDES)}, such as llama.context_length=int:8192.",
+        )
+    try:
+        return key, _OVERRIDES[kind](value)
+    except (ValueError, KeyError) as error:
+        raise UsageError(f"{value!r} is no {kind}, in {spec!r}.") from error
+
+
 def plan_outputs(
     source: Source,
     presets: Sequence[Preset],
     importance: Importance | None = None,
     rules: Sequence[Rule] = (),
+    *,
+    split_bytes: int | None = None,
+    allow_requantize: bool = False,
 ) -> list[Plan]:
     """Plan every output and refuse what cannot end well, before any weight is read.
 
@@ -66,23 +99,25 @@ def plan_outputs(
         InputError: the source is quantized already, or a type needs an importance row that is missing.
     """
     planner = Planner(source)
-    plans = [planner.plan(preset, rules=rules, importance=importance) for preset in presets]
+    plans = [planner.plan(preset, rules=rules, importance=importance, split_bytes=split_bytes) for preset in presets]
     for plan in plans:
-        check_quantizable(plan, source)
+        if not allow_requantize:
+            check_quantizable(plan, source)
         check_importance(plan, importance)
     return plans
 
 
 def coverage_notes(source: Source, importance: Importance) -> list[str]:
-    """Sentences about experts that the calibration text never reached: every column of theirs counts the same."""
+    """Sentences about experts that the calibration text never reached."""
+    instead = "every column counts the same" if importance.fill_with_ones else "the mean of the other experts is used"
     notes = []
     for tensor in source.tensors:
         entry = importance.entries.get(tensor.name)
         if entry is not None and entry.uncovered:
             experts = ", ".join(map(str, entry.uncovered))
             notes.append(
-                f"{tensor.name}: no calibration token reached expert {experts};"
-                " all its columns count the same. A longer calibration text helps."
+                f"{tensor.name}: no calibration token reached expert {experts}, so {instead}."
+                " A longer calibration text helps."
             )
     return notes
 
@@ -93,6 +128,10 @@ def quantize(
     *,
     imatrix: Path | None = None,
     rules: Sequence[Rule] = (),
+    overrides: Sequence[tuple[str, MetaValue]] = (),
+    split_bytes: int | None = None,
+    allow_requantize: bool = False,
+    upstream_imatrix: bool = False,
     threads: int | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -104,6 +143,10 @@ def quantize(
         outputs: presets, each with the file to write.
         imatrix: the importance matrix, used for every type that can.
         rules: types for tensors by name, before the preset's own.
+        overrides: metadata entries to set or replace.
+        split_bytes: put no more than this into one file; parts get llama.cpp's names.
+        allow_requantize: take a source that is already quantized.
+        upstream_imatrix: give experts that no calibration token reached llama.cpp's weights of one.
         threads: defaults to the cores at hand.
         dry_run: plan and check only.
         progress: called with (weights done, weights in all, tensor's name).
@@ -113,8 +156,18 @@ def quantize(
     """
     started = time.monotonic()
     with open_source(model) as source:
-        importance = load_importance(imatrix) if imatrix is not None else None
-        plans = plan_outputs(source, [preset for preset, _ in outputs], importance, rules)
+        source.metadata = {**source.metadata, **dict(overrides)}
+        importance = None
+        if imatrix is not None:
+            importance = replace(load_importance(imatrix), fill_with_ones=upstream_imatrix)
+        plans = plan_outputs(
+            source,
+            [preset for preset, _ in outputs],
+            importance,
+            rules,
+            split_bytes=split_bytes,
+            allow_requantize=allow_requantize,
+        )
         paths = [path for _, path in outputs]
         notes = [*source.notes, *(coverage_notes(source, importance) if importance else ())]
         if not dry_run:
@@ -125,11 +178,13 @@ def quantize(
                 threads=threads or default_threads(),
                 progress=progress,
             )
-    summaries = tuple(
-        OutputSummary(path, plan.type, plan.file_bytes, plan.bits_per_weight, _describe_fallbacks(plan))
-        for plan, path in zip(plans, paths, strict=True)
-    )
+    summaries = tuple(_summary(plan, path) for plan, path in zip(plans, paths, strict=True))
     return Quantized(summaries, time.monotonic() - started, tuple(notes))
+
+
+def _summary(plan: Plan, path: Path) -> OutputSummary:
+    parts = plan.paths(path)
+    return OutputSummary(parts[0], parts, plan.type, plan.file_bytes, plan.bits_per_weight, _describe_fallbacks(plan))
 
 
 def _describe_fallbacks(plan: Plan) -> tuple[str, ...]:

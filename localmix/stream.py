@@ -21,7 +21,7 @@ import numpy.typing as npt
 from localmix import __version__
 from localmix.errors import InputError
 from localmix.importance import Importance
-from localmix.native.kernels import prepare, quantize_rows
+from localmix.native.kernels import dequantize_rows, prepare, quantize_rows
 from localmix.output import OutputFile, check_outputs
 from localmix.plan import Plan, PlannedTensor
 from localmix.sources.base import Source, TensorInfo
@@ -64,14 +64,17 @@ def _slices(tensors: Sequence[TensorInfo]) -> Iterator[_Slice]:
 def _fingerprint(source: Source, plan: Plan, importance: Importance | None) -> str:
     """What the bytes of an output depend on; a partial file of another fingerprint is not gone on with."""
     digest = hashlib.sha256(f"{__version__} {SLICE_WEIGHTS}".encode())
-    digest.update(plan.header)
+    for header in plan.headers:
+        digest.update(header)
     for path in source.files():
         status = path.stat()
         digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode())
-    for name, entry in sorted(importance.entries.items()) if importance is not None else ():
-        digest.update(name.encode())
-        digest.update(entry.sums.tobytes())
-        digest.update(entry.counts.tobytes())
+    if importance is not None:
+        digest.update(bytes([importance.fill_with_ones]))
+        for name, entry in sorted(importance.entries.items()):
+            digest.update(name.encode())
+            digest.update(entry.sums.tobytes())
+            digest.update(entry.counts.tobytes())
     return digest.hexdigest()
 
 
@@ -100,35 +103,55 @@ def write_outputs(
             or the source changed meanwhile.
         CapacityError, FileError, UsageError: see `output.check_outputs`.
     """
-    check_outputs([(path, plan.file_bytes) for plan, path in outputs], source.files())
+    if not source.files():
+        raise InputError(f"{source.path} has a config.json but no weights.", "Download its safetensors files too.")
+    check_outputs(
+        [part for plan, path in outputs for part in zip(plan.paths(path), plan.part_bytes, strict=True)],
+        source.files(),
+    )
     with ExitStack() as stack:
-        files = [
-            stack.enter_context(OutputFile(path, plan.file_bytes, _fingerprint(source, plan, importance)))
-            for plan, path in outputs
-        ]
-        for (plan, _), file in zip(outputs, files, strict=True):
-            file.write(0, plan.header)
-        plans = [plan.tensors for plan, _ in outputs]
-        for kind in {tensor.type for plan in plans for tensor in plan} - set(FLOAT_TYPES):
+        targets: list[_Target] = []
+        for plan, path in outputs:
+            fingerprint = _fingerprint(source, plan, importance)
+            files = []
+            for part, size, header in zip(plan.paths(path), plan.part_bytes, plan.headers, strict=True):
+                file = stack.enter_context(OutputFile(part, size, fingerprint))
+                file.write(0, header)
+                files.append(file)
+            targets.append(_Target(plan.tensors, files))
+        for kind in {tensor.type for target in targets for tensor in target.tensors} - set(FLOAT_TYPES):
             prepare(kind)
-        worker = _SliceWorker(source, plans, files, importance)
-        with _Journal(files, journal_seconds) as journal:
-            _run(worker, list(_slices(source.tensors)), journal, threads, progress)
+        slices = list(_slices(source.tensors))
+        all_files = [file for target in targets for file in target.files]
+        done = {part.number for part in slices if all(target.holds(part) for target in targets)}
+        with _Journal(all_files, done, journal_seconds) as journal:
+            _run(_SliceWorker(source, targets, importance), slices, journal, threads, progress)
         source.check_unchanged()
-        for file in files:
+        for file in all_files:
             file.commit()
+
+
+@dataclass(frozen=True)
+class _Target:
+    """One output: its planned tensors and its files, more than one when it is split."""
+
+    tensors: Sequence[PlannedTensor]
+    files: Sequence[OutputFile]
+
+    def holds(self, part: _Slice) -> bool:
+        """Whether an earlier, killed run already placed this slice."""
+        return part.number in self.files[self.tensors[part.tensor].part].done
 
 
 class _Journal:
     """Notes every few seconds, from a thread of its own, which slices every output holds for good."""
 
-    def __init__(self, files: Sequence[OutputFile], seconds: float) -> None:
+    def __init__(self, files: Sequence[OutputFile], done: set[int], seconds: float) -> None:
         self._files = files
         self._seconds = seconds
         self._stop = threading.Event()
         self._error: BaseException | None = None
-        # what all outputs have: a slice is read once for all of them
-        self.done = set(frozenset.intersection(*(file.done for file in files)))
+        self.done = done  # what all outputs have
         self._thread = threading.Thread(target=self._keep_on, name="journal", daemon=True)
 
     def _keep_on(self) -> None:
@@ -163,13 +186,11 @@ class _SliceWorker:
     def __init__(
         self,
         source: Source,
-        plans: Sequence[Sequence[PlannedTensor]],
-        files: Sequence[OutputFile],
+        targets: Sequence[_Target],
         importance: Importance | None,
     ) -> None:
         self.source = source
-        self._plans = plans
-        self._files = files
+        self._targets = targets
         self._importance = importance
         self._rows: tuple[str, npt.NDArray[np.float32] | None] = "", None
         self._lock = threading.Lock()
@@ -190,21 +211,28 @@ class _SliceWorker:
         wide: npt.NDArray[np.float32] | None = None
         if info.type in FLOAT_TYPES:
             _check_finite(stored, info, part.start, self.source)
-        for plan, file in zip(self._plans, self._files, strict=True):
-            if part.number in file.done:
+        for target in self._targets:
+            if target.holds(part):
                 continue
-            tensor = plan[part.tensor]
+            tensor = target.tensors[part.tensor]
             if tensor.type == info.type:
                 encoded: npt.NDArray[Any] = np.ascontiguousarray(stored)
             else:
                 if wide is None:
-                    wide = np.ascontiguousarray(widen(stored, info.type))
+                    wide = _widen(stored, info)
                 encoded = quantize_rows(tensor.type, wide, self._importance_row(info, part.expert))
                 if tensor.type == TensorType.F16:
                     _check_half(encoded, wide, info, part.start, self.source)
             row = tensor.bytes // info.rows
-            file.write(tensor.offset + part.start * row, encoded.reshape(-1).view(np.uint8).data)
+            data = encoded.reshape(-1).view(np.uint8).data
+            target.files[tensor.part].write(tensor.offset + part.start * row, data)
         return (part.stop - part.start) * info.columns
+
+
+def _widen(stored: npt.NDArray[Any], info: TensorInfo) -> npt.NDArray[np.float32]:
+    if info.type in FLOAT_TYPES:
+        return np.ascontiguousarray(widen(stored, info.type))
+    return dequantize_rows(info.type, np.ascontiguousarray(stored), info.columns)
 
 
 def _check_finite(stored: npt.NDArray[Any], info: TensorInfo, start: int, source: Source) -> None:

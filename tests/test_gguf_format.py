@@ -148,4 +148,3 @@ def _whole_model(factory: pytest.TempPathFactory) -> Path:
         folder = factory.mktemp("fuzz")
         _cache.append(write_model(folder / "model.gguf", layers=1, hidden=64, feed_forward=64, experts=0))
     return _cache[0]
-

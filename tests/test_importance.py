@@ -35,11 +35,12 @@ def test_round_trip_and_gguf_py_reads_it(tmp_path: Path) -> None:
     np.testing.assert_array_equal(tensors["b.weight.counts"].data.reshape(-1), written.entries["b.weight"].counts)
 
 
-def test_rows_are_means_and_an_unreached_expert_counts_every_column_the_same() -> None:
-    sums = np.array([[2, 4], [0, 0]], np.float32)
-    importance = Importance({"w": Entry(sums, np.array([2, 0], np.float32))})
-    rows = importance.rows(TensorInfo("w", (2, 7, 2), TensorType.BF16))
-    np.testing.assert_array_equal(rows, np.array([[1, 2], [1, 1]], np.float32))
+@pytest.mark.parametrize(("ones", "filled"), [(True, [1, 1]), (False, [2, 3])])
+def test_rows_are_means_and_an_unreached_expert_is_filled(ones: bool, filled: list[float]) -> None:
+    sums = np.array([[2, 4], [0, 0], [3, 4]], np.float32)
+    importance = Importance({"w": Entry(sums, np.array([2, 0, 1], np.float32))}, fill_with_ones=ones)
+    rows = importance.rows(TensorInfo("w", (3, 7, 2), TensorType.BF16))
+    np.testing.assert_array_equal(rows, np.array([[1, 2], filled, [3, 4]], np.float32))
     assert importance.entries["w"].uncovered == [1]
     assert importance.rows(TensorInfo("other", (7, 2), TensorType.BF16)) is None
 

@@ -1,4 +1,4 @@
-"""Quantize rows of weights: one function in front of ggml's kernels."""
+"""Quantize and decode rows of weights: one function each in front of ggml's kernels."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from localmix.errors import InputError
 from localmix.native.library import ggml
-from localmix.tensor_types import TensorType, row_bytes
+from localmix.tensor_types import BLOCKS, TensorType, row_bytes
 
 _prepare_lock = threading.Lock()
 
@@ -31,6 +32,44 @@ def _chunk_kernel() -> Any:
         ctypes.c_void_p,
     ]
     return kernel
+
+
+class _TypeTraits(ctypes.Structure):
+    """struct ggml_type_traits (ggml.h)."""
+
+    _fields_ = (
+        ("type_name", ctypes.c_char_p),
+        ("block", ctypes.c_int64),
+        ("block_interleave", ctypes.c_int64),
+        ("type_size", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
+        ("from_float_ref", ctypes.c_void_p),
+    )
+
+
+@functools.cache
+def _decoder(kind: TensorType) -> Any:
+    traits = ggml().ggml_get_type_traits
+    traits.restype = ctypes.POINTER(_TypeTraits)
+    found = traits(int(kind)).contents
+    if (found.type_name or b"").decode().upper() != kind.name.upper() or found.type_size != BLOCKS[kind][1]:
+        raise InputError("This llama.cpp lays out its type table differently.", "Run `localmix doctor`.")
+    return found.to_float
+
+
+def dequantize_rows(kind: TensorType, rows: npt.NDArray[np.uint8], columns: int) -> npt.NDArray[np.float32]:
+    """Decode quantized rows, as llama.cpp does. Releases the GIL.
+
+    Args:
+        rows: `[n, row_bytes(kind, columns)]`, C-contiguous.
+
+    Returns:
+        float32 `[n, columns]`.
+    """
+    decoded = np.empty((rows.shape[0], columns), np.float32)
+    _decoder(kind)(rows.ctypes.data, decoded.ctypes.data, decoded.size)
+    return decoded
 
 
 @functools.cache

@@ -93,14 +93,14 @@ def api() -> ModuleType:
             f"Run `pip install llama-cpp-python=={PINNED_VERSION}`.",
         )
 
-    @bindings.llama_log_callback
+    @bindings.llama_log_callback  # type: ignore[untyped-decorator]
     def receive(level: int, text: bytes | None, _: Any) -> None:
         log.add(level, (text or b"").decode("utf-8", "replace"))
 
     _kept.append(receive)
     bindings.llama_log_set(receive, None)
     bindings.llama_backend_init()
-    return bindings  # type: ignore[no-any-return]
+    return bindings
 
 
 @functools.cache

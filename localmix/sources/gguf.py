@@ -46,9 +46,7 @@ class GGUFFile(Source):
         for part, header in zip(self._parts, headers, strict=True):
             for stored in header.tensors:
                 if stored.info.name in self._places:
-                    raise InputError(
-                        f"Tensor '{stored.info.name}' stands in {part.path} and in an earlier part."
-                    )
+                    raise InputError(f"Tensor '{stored.info.name}' stands in {part.path} and in an earlier part.")
                 self._places[stored.info.name] = part, stored
         self.tensors: Sequence[TensorInfo] = [stored.info for _, stored in self._places.values()]
 
@@ -84,9 +82,7 @@ def _split_parts(path: Path) -> list[Path]:
     if not match:
         return [path]
     count = int(match["count"])
-    parts = [
-        path.with_name(f"{match['stem']}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)
-    ]
+    parts = [path.with_name(f"{match['stem']}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]
     missing = [part.name for part in parts if not part.exists()]
     if missing:
         raise InputError(

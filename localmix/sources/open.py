@@ -19,9 +19,7 @@ def open_source(path: Path) -> Source:
         InputError: it is no model that can be read; the sentence says why.
     """
     if not path.exists():
-        raise FileError(
-            f"There is no file or folder {path}.", "`localmix ls` shows the models of the library."
-        )
+        raise FileError(f"There is no file or folder {path}.", "`localmix ls` shows the models of the library.")
     if path.is_dir() or path.name == "config.json":
         from localmix.sources.checkpoint import open_checkpoint
 
@@ -32,9 +30,7 @@ def open_source(path: Path) -> Source:
             "Use the safetensors files of the same model.",
         )
     if path.suffix == ".safetensors":
-        raise InputError(
-            f"{path} is one file of a checkpoint.", f"Give its folder: {path.parent or Path('.')}."
-        )
+        raise InputError(f"{path} is one file of a checkpoint.", f"Give its folder: {path.parent or Path('.')}.")
     from localmix.sources.gguf import GGUFFile
 
     return GGUFFile(path)

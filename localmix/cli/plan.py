@@ -59,8 +59,8 @@ def command(
 
     console = Console(json)
     model, names = _sort_out(words, set_name)
-    path = library.resolve(model, library.Purpose.SOURCE)
     room = memory.machine(memory.parse_gigabytes(ram)) if ram else memory.available()
+    path = library.resolve(model, library.Purpose.SOURCE)
     floor = memory.machine(memory.FLOOR_GB)
     with open_source(path) as source:
         planner = Planner(source)

@@ -26,6 +26,7 @@ def write_random_model(
     """Write the file.
 
     Args:
+        experts: 0 for a dense model.
         byte_tokens: leave them out to make llama.cpp abort at the first tokenize.
         duplicate: give two tokens one text, to make llama.cpp abort while loading.
         poison: name of a tensor that gets a NaN.
@@ -51,8 +52,9 @@ def write_random_model(
     writer.add_rope_dimension_count(hidden // heads)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(len(tokens))
-    writer.add_expert_count(experts)
-    writer.add_expert_used_count(2)
+    if experts:
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(2)
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(tokens)
@@ -76,18 +78,24 @@ def write_random_model(
             f"blk.{layer}.attn_v.weight": (kv, hidden),
             f"blk.{layer}.attn_output.weight": (hidden, hidden),
             f"blk.{layer}.ffn_norm.weight": (hidden,),
-            f"blk.{layer}.ffn_gate_inp.weight": (experts, hidden),
-            f"blk.{layer}.ffn_gate_exps.weight": (experts, feed_forward, hidden),
-            f"blk.{layer}.ffn_up_exps.weight": (experts, feed_forward, hidden),
-            f"blk.{layer}.ffn_down_exps.weight": (experts, hidden, feed_forward),
+        }
+        stack, suffix = ((experts,), "_exps") if experts else ((), "")
+        if experts:
+            shapes[f"blk.{layer}.ffn_gate_inp.weight"] = (experts, hidden)
+        shapes |= {
+            f"blk.{layer}.ffn_gate{suffix}.weight": (*stack, feed_forward, hidden),
+            f"blk.{layer}.ffn_up{suffix}.weight": (*stack, feed_forward, hidden),
+            f"blk.{layer}.ffn_down{suffix}.weight": (*stack, hidden, feed_forward),
         }
     shapes |= {"output_norm.weight": (hidden,), "output.weight": (len(tokens), hidden)}
     for name, shape in shapes.items():
         values = generator.standard_normal(shape, np.float32)
         values = np.abs(values) if len(shape) == 1 else values / np.float32(np.sqrt(shape[-1]))
+        if "attn_output" in name or "ffn_down" in name:
+            values /= 10  # else rounding errors grow from layer to layer, and move tokens to other experts
         if name == poison:
             values.flat[0] = np.nan
-        writer.add_tensor(name, values if len(shape) == 1 else values.astype(np.float16))
+        writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

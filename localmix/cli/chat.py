@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from localmix.cli import Terminated
 from localmix.cli.console import Console
 from localmix.cli.parameters import MODEL, examples, json_option, threads_option
 
@@ -302,6 +303,8 @@ class _Talk:
         while True:
             try:
                 text = session.prompt().strip()
+            except Terminated:
+                raise
             except (EOFError, KeyboardInterrupt):
                 return
             if text.startswith("/"):

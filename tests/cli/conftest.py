@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.checkpoints import Shape, write_checkpoint
+from tests.checkpoints import Shape, read_shard, write_checkpoint, write_shard
 from tests.commands import CommandLine
 
+EOS = 2
 TEXT = "The quick brown fox jumps over the lazy dog. 敏捷的棕色狐狸跳过懒狗。\n"
 
 
@@ -18,6 +19,14 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("commands")
     shape = Shape(hidden=256, feed_forward=256, layers=2)
     write_checkpoint(folder / "fox", shape)
+    for shard in (folder / "fox").glob("*.safetensors"):
+        tensors = read_shard(shard)
+        if "lm_head.weight" in tensors:
+            dtype, values = tensors["lm_head.weight"]
+            rows = values.copy()
+            rows[EOS] = 0  # so that it babbles until it is stopped
+            tensors["lm_head.weight"] = dtype, rows
+            write_shard(shard, tensors)
     (folder / "corpus.txt").write_text(TEXT * 60, encoding="utf-8")
     CommandLine(folder / "home", folder)("convert", "fox")
     return folder

@@ -51,7 +51,8 @@ def test_it_is_the_mean_over_the_second_halves(random_model: Path, text: Path, c
             values.append(negative_log_likelihoods(rows, chunk[ctx // 2 + 1 :]))
     flat = np.concatenate(values)
     assert (found.chunks, found.tokens, found.context) == (count, len(flat), ctx)
-    assert found.ppl == pytest.approx(math.exp(flat.mean()), rel=2e-4)
+    # other batches round otherwise, and a token between two experts may then take the other one
+    assert found.ppl == pytest.approx(math.exp(flat.mean()), rel=2e-3)
     assert found.error == pytest.approx(flat.std() / math.sqrt(len(flat) - 1) * found.ppl, rel=2e-3)
     assert np.allclose(found.chunk_nll, [chunk.mean() for chunk in values], rtol=2e-3)
     assert (found.model, found.corpus) == ("random.gguf", "text.txt")

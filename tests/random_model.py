@@ -39,7 +39,7 @@ def write_random_model(
     Args:
         experts: 0 for a dense model.
         embedding_rows: more tokens than the words and bytes, for a larger embedding.
-        kind: F32, F16 or BF16, for every matrix but the router.
+        kind: F32, F16 or BF16, for every matrix; beside BF16 the router stays F32, as converters leave it.
         change: float32 values to use instead of random ones, by tensor name.
         byte_tokens: leave them out to make llama.cpp abort at the first tokenize.
         duplicate: give two tokens one text, to make llama.cpp abort while loading.
@@ -110,7 +110,7 @@ def write_random_model(
             values = change[name].astype(np.float32)
         if name == poison:
             values.flat[0] = np.nan
-        if len(shape) == 1 or "ffn_gate_inp" in name or kind == Kind.F32:
+        if len(shape) == 1 or kind == Kind.F32 or ("ffn_gate_inp" in name and kind == Kind.BF16):
             writer.add_tensor(name, values)
         elif kind == Kind.BF16:
             writer.add_tensor(name, bf16_bits(values), raw_dtype=Kind.BF16)

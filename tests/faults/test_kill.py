@@ -72,7 +72,7 @@ def test_twenty_kills_and_the_same_bytes(model: Path, expected: dict[str, str], 
         run = start(model, tmp_path)
         assert run.stdout is not None
         started_with.append(int(run.stdout.readline()))
-        time.sleep(moments.uniform(0, 0.15))
+        time.sleep(moments.uniform(0, 0.3))
         run.send_signal(signal.SIGKILL)
         rest = run.stdout.read()
         run.stdout.close()

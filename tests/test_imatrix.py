@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from localmix.errors import FileError, InputError
-from localmix.imatrix import Coverage, collect
-from localmix.importance import load_importance
+from localmix.imatrix import Coverage, collect, merge, partial_path
+from localmix.importance import Importance, load_importance, write_importance
 from localmix.native.model import Context, Model
 from localmix.native.tensors import EvalCallback, Tensor, operations, read, weight_name
 from localmix.perplexity import measure
@@ -96,6 +99,97 @@ def test_several_corpora(tmp_path: Path, random_model: Path, text: Path) -> None
     assert found.datasets == ("calibration.txt", "other.txt")
     alone = collect(random_model, [text], tmp_path / "alone.gguf", 128, threads=1)
     assert found.chunks > alone.chunks
+
+
+def equal(one: Path, other: Path) -> bool:
+    left, right = load_importance(one), load_importance(other)
+    same = all(
+        np.array_equal(entry.sums, right.entries[name].sums)
+        and np.array_equal(entry.counts, right.entries[name].counts)
+        for name, entry in left.entries.items()
+    )
+    return same and left.chunk_count == right.chunk_count and set(left.entries) == set(right.entries)
+
+
+def test_going_on_ends_with_the_same_bits(tmp_path: Path, random_model: Path, text: Path) -> None:
+    whole, part, rest = (tmp_path / name for name in ("whole.gguf", "part.gguf", "rest.gguf"))
+    all_chunks = collect(random_model, [text], whole, 512, threads=1).chunks
+    assert all_chunks > 4
+    collect(random_model, [text], part, 512, chunks=4, threads=1)
+    found = collect(random_model, [text], rest, 512, threads=1, resume=part)
+    assert (found.chunks, found.tokens) == (all_chunks, all_chunks * 512)
+    assert equal(whole, rest)
+    again = collect(random_model, [text], tmp_path / "again.gguf", 512, threads=1, resume=rest)
+    assert again.perplexity is None and equal(whole, tmp_path / "again.gguf")
+
+
+def test_what_does_not_fit_is_not_gone_on_with(tmp_path: Path, random_model: Path, text: Path) -> None:
+    made = tmp_path / "made.gguf"
+    collect(random_model, [text], made, 128, chunks=2, threads=1)
+    other_model = write_random_model(tmp_path / "other.gguf", seed=9)
+    other_model.write_bytes(other_model.read_bytes() + bytes(32))
+    other_text = write_text(tmp_path / "other.txt", 3000, seed=9)
+    for model, corpus, ctx, reason in (
+        (other_model, text, 128, "another model"),
+        (random_model, other_text, 128, "another text"),
+        (random_model, text, 256, "chunks of 128 tokens"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            collect(model, [corpus], tmp_path / "out.gguf", ctx, threads=1, resume=made)
+    foreign = tmp_path / "foreign.gguf"
+    write_importance(foreign, Importance(load_importance(made).entries, ["x"], 2, 128))
+    with pytest.raises(InputError, match="does not say which model"):
+        collect(random_model, [text], tmp_path / "out.gguf", 128, threads=1, resume=foreign)
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_a_killed_run_left_what_it_had(tmp_path: Path, random_model: Path) -> None:
+    """Kill -9 of the whole program once it has saved something; the rest is made and the bits are the same."""
+    text = write_text(tmp_path / "long.txt", 60_000)
+    output = tmp_path / "made.gguf"
+    code = (
+        "import sys; from pathlib import Path; from localmix.imatrix import collect; "
+        "collect(Path(sys.argv[1]), [Path(sys.argv[2])], Path(sys.argv[3]), 512, threads=1, save_seconds=0)"
+    )
+    run = subprocess.Popen([sys.executable, "-c", code, str(random_model), str(text), str(output)])
+    while not partial_path(output).exists() and run.poll() is None:
+        time.sleep(0.01)
+    run.kill()
+    run.wait()
+    assert not output.exists()
+    kept = tmp_path / "kept.gguf"
+    partial_path(output).rename(kept)
+    collect(random_model, [text], output, 512, threads=1, resume=kept)
+    collect(random_model, [text], tmp_path / "whole.gguf", 512, threads=1)
+    assert equal(output, tmp_path / "whole.gguf")
+    assert not partial_path(output).exists()
+
+
+def test_merging_adds_up(tmp_path: Path, random_model: Path, text: Path) -> None:
+    other = write_text(tmp_path / "other.txt", 3000, seed=9)
+    one, two, both = (tmp_path / name for name in ("one.gguf", "two.gguf", "both.gguf"))
+    collect(random_model, [text], one, 128, threads=1)
+    collect(random_model, [other], two, 128, threads=1)
+    merged = merge([one, two], both)
+    assert merged.datasets == ("calibration.txt", "other.txt")
+    left, right, sums = (load_importance(path) for path in (one, two, both))
+    assert sums.chunk_count == left.chunk_count + right.chunk_count
+    for name, entry in sums.entries.items():
+        np.testing.assert_allclose(entry.sums, left.entries[name].sums + right.entries[name].sums)
+        np.testing.assert_array_equal(entry.counts, left.entries[name].counts + right.entries[name].counts)
+    small = write_random_model(tmp_path / "small.gguf", hidden=64, feed_forward=64)
+    collect(small, [text], tmp_path / "small-imatrix.gguf", 128, threads=1)
+    with pytest.raises(InputError, match="different models"):
+        merge([one, tmp_path / "small-imatrix.gguf"], both)
+
+
+def test_the_output_weight_on_request(tmp_path: Path, random_model: Path, text: Path) -> None:
+    output = tmp_path / "made.gguf"
+    collect(random_model, [text], output, 128, chunks=2, threads=1)
+    assert "output.weight" not in load_importance(output).entries
+    collect(random_model, [text], output, 128, chunks=2, threads=1, output_weight=True)
+    entry = load_importance(output).entries["output.weight"]
+    assert entry.counts.tolist() == [256] and entry.sums.shape == (1, 256)
 
 
 def test_experts_without_a_token_are_named() -> None:

@@ -422,7 +422,7 @@ def plan_removal(name: str) -> Removal:
             path
             for path in sorted(model.folder.iterdir())
             if path.name.startswith((f"{model.name}-", f"{model.name}.", f".{model.name}"))
-            and path.name.endswith((".gguf", ".partial"))
+            and path.name.endswith((".gguf", ".partial", ".journal"))
             and (path.is_file() or path.is_symlink())
         ]
     return Removal(name, model.folder, tuple(files), sum(path.lstat().st_size for path in files))

@@ -203,7 +203,7 @@ def test_rm_does_not_follow_links_out_of_the_library(home: Path, tmp_path: Path)
 
 def test_rm_of_a_model_takes_leftovers_and_leaves_what_is_not_ours(home: Path) -> None:
     path = put(home, "m", "Q8_0")
-    for name in ("m.imatrix.gguf", ".m-Q4_0.gguf.77.partial", "m-notes.txt", "other.gguf"):
+    for name in ("m.imatrix.gguf", ".m-Q4_0.gguf.partial", ".m-Q4_0.gguf.journal", "m-notes.txt", "other.gguf"):
         (path.parent / name).write_bytes(b"x")
     library.remove(library.plan_removal("m"))
     assert sorted(entry.name for entry in path.parent.iterdir()) == ["m-notes.txt", "other.gguf"]

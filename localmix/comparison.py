@@ -90,7 +90,7 @@ def compare(
         subjects: from `look_at`.
         corpus: a UTF-8 text.
         ctx, chunks, threads, speed: as `perplexity.measure`.
-        progress: called with (chunks done, chunks in all, the model's type and number).
+        progress: called with (done, in all, the model's type and number and what is counted).
 
     Raises:
         LocalmixError: the only model failed.
@@ -98,9 +98,9 @@ def compare(
     for number, subject in enumerate(subjects, 1):
         label = f"{subject.type} ({number} of {len(subjects)})" if len(subjects) > 1 else subject.type
 
-        def report(done: int, total: int, _: str, label: str = label) -> None:
+        def report(done: int, total: int, what: str, label: str = label) -> None:
             if progress is not None:
-                progress(done, total, label)
+                progress(done, total, f"{label}: {what}")
 
         try:
             found = measure(subject.path, corpus, ctx, chunks, threads, speed, report)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import platform
 import shutil
@@ -291,6 +292,12 @@ def build_imatrix(bench: Bench) -> None:
     write_importance(bench.imatrix, Importance(entries, ["random"], 1, 512))
 
 
+def build(bench: Bench) -> None:
+    """Everything that the runs need."""
+    build_checkpoint(bench.checkpoint)
+    build_imatrix(bench)
+
+
 def converter_python(chosen: Path | None) -> Path:
     """A Python with torch and transformers: the one that was named, or an environment made for this once."""
     if chosen is not None:
@@ -360,8 +367,10 @@ def main() -> None:
         converter_python(arguments.converter_python),
         arguments.repeat,
     )
-    build_checkpoint(bench.checkpoint)
-    build_imatrix(bench)
+    # in a process of its own: a child's peak memory begins with that of the process it was forked from
+    builder = multiprocessing.get_context("spawn").Process(target=build, args=(bench,))
+    builder.start()
+    builder.join()
     found = list(rows(bench, {word for word in arguments.only.split(",") if word}))
     text = report(found, arguments.repeat)
     print(text)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from localmix.cli.console import Console
+from localmix.cli.console import WEIGHTS, Console
 from localmix.cli.parameters import FILE, MODEL, examples, json_option, threads_option
 
 
@@ -49,7 +49,7 @@ def command(model: str | None, output: Path | None, kind: str, threads: int | No
         else:
             output = output / f"{library.model_name(path)}-{name}.gguf"
     library.make_room(output)
-    with console.progress() as progress:
+    with console.progress(WEIGHTS) as progress:
         converted = convert(path, output, kind, threads=threads, progress=progress)
     library.remember(output, checkpoint=path if path.is_dir() else None)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from localmix.cli.console import Console
+from localmix.cli.console import WEIGHTS, Console
 from localmix.cli.parameters import (
     FILE,
     MODEL,
@@ -133,7 +133,7 @@ def _all_types(console: Console, model: str | None, names: list[str], threads: i
         console.note(f"Quantizing {', '.join(preset.name for preset, _ in missing)}")
         if imatrix is not None:
             console.note(f"With the importance matrix {imatrix}")
-        with console.progress() as progress:
+        with console.progress(WEIGHTS) as progress:
             quantized = quantize(source, missing, imatrix=imatrix, threads=threads, progress=progress)
         for note in quantized.notes:
             console.warn(note)

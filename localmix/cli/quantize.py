@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from localmix.cli.console import Console
+from localmix.cli.console import WEIGHTS, Console
 from localmix.cli.parameters import (
     FILE,
     MODEL,
@@ -131,7 +131,7 @@ def command(
         imatrix = library.find_imatrix(path)
         if imatrix is not None:
             console.note(f"With the importance matrix {imatrix}")
-    with console.progress() as progress:
+    with console.progress(WEIGHTS) as progress:
         quantized = quantize(
             path,
             outputs,

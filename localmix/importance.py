@@ -6,6 +6,7 @@ Source of both layouts: llama.cpp, tools/imatrix and common/imatrix-loader.
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,10 +39,43 @@ class Entry:
     sums: npt.NDArray[np.float32]
     counts: npt.NDArray[np.float32]
 
+
+@dataclass(frozen=True)
+class Coverage:
+    """How many tokens of the calibration text each expert saw.
+
+    Attributes:
+        tokens: by layer, one count for each expert; empty for a model without experts.
+    """
+
+    tokens: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+
     @property
-    def uncovered(self) -> list[int]:
-        """Experts that no token of the calibration text reached."""
-        return [int(expert) for expert in np.flatnonzero(self.counts == 0)]
+    def least(self) -> tuple[int, int, int] | None:
+        """Layer, expert and tokens of the one that saw the fewest; None without experts."""
+        seen = [(count, layer, expert) for layer, counts in self.tokens.items() for expert, count in enumerate(counts)]
+        if not seen:
+            return None
+        count, layer, expert = min(seen)
+        return layer, expert, count
+
+    @property
+    def summary(self) -> str:
+        """The least covered expert, for people; empty without experts."""
+        if self.least is None:
+            return ""
+        layer, expert, tokens = self.least
+        return f"the least used expert ({expert} of layer {layer}) saw {tokens:,} tokens"
+
+    @property
+    def unreached(self) -> tuple[tuple[int, int], ...]:
+        """Layer and expert of those that saw nothing."""
+        return tuple(
+            (layer, expert)
+            for layer, counts in self.tokens.items()
+            for expert, count in enumerate(counts)
+            if count == 0
+        )
 
 
 @dataclass(frozen=True)
@@ -63,6 +97,16 @@ class Importance:
     path: Path = field(default_factory=Path)
     origin: Mapping[str, str] = field(default_factory=dict)
     fill_with_ones: bool = False
+
+    @property
+    def coverage(self) -> Coverage:
+        """Tokens that each expert saw; all stacked weights of a layer see the same ones."""
+        tokens: dict[int, tuple[int, ...]] = {}
+        for name, entry in self.entries.items():
+            match = re.match(r"blk\.(\d+)\..*_exps\.weight$", name)
+            if match and len(entry.counts) > 1:
+                tokens[int(match[1])] = tuple(int(count) for count in entry.counts)
+        return Coverage(dict(sorted(tokens.items())))
 
     def rows(self, tensor: TensorInfo) -> npt.NDArray[np.float32] | None:
         """Mean squared input of each column, float32 `[experts, columns]`; None for a tensor not covered.

@@ -38,11 +38,12 @@ class OutputSummary:
 
 @dataclass(frozen=True)
 class Quantized:
-    """What a run of `quantize` made."""
+    """What a run of `quantize` made, and what it knew of which weights matter."""
 
     outputs: tuple[OutputSummary, ...]
     seconds: float
     notes: tuple[str, ...]
+    importance: Importance | None
 
 
 def parse_rule(spec: str) -> Rule:
@@ -107,18 +108,19 @@ def plan_outputs(
     return plans
 
 
-def coverage_notes(source: Source, importance: Importance) -> list[str]:
+def coverage_notes(importance: Importance) -> list[str]:
     """Sentences about experts that the calibration text never reached."""
     instead = "every column counts the same" if importance.fill_with_ones else "the mean of the other experts is used"
     notes = []
-    for tensor in source.tensors:
-        entry = importance.entries.get(tensor.name)
-        if entry is not None and entry.uncovered:
-            experts = ", ".join(map(str, entry.uncovered))
-            notes.append(
-                f"{tensor.name}: no calibration token reached expert {experts}, so {instead}."
-                " A longer calibration text helps."
-            )
+    layers: dict[int, list[int]] = {}
+    for layer, expert in importance.coverage.unreached:
+        layers.setdefault(layer, []).append(expert)
+    for layer, experts in layers.items():
+        names = sorted(name for name in importance.entries if name.startswith(f"blk.{layer}.") and "_exps" in name)
+        notes.append(
+            f"Layer {layer}: no calibration token reached expert {', '.join(map(str, experts))}, so {instead}"
+            f" in {', '.join(names)}. A longer calibration text helps."
+        )
     return notes
 
 
@@ -169,7 +171,7 @@ def quantize(
             allow_requantize=allow_requantize,
         )
         paths = [path for _, path in outputs]
-        notes = [*source.notes, *(coverage_notes(source, importance) if importance else ())]
+        notes = [*source.notes, *(coverage_notes(importance) if importance else ())]
         if not dry_run:
             write_outputs(
                 source,
@@ -179,7 +181,7 @@ def quantize(
                 progress=progress,
             )
     summaries = tuple(_summary(plan, path) for plan, path in zip(plans, paths, strict=True))
-    return Quantized(summaries, time.monotonic() - started, tuple(notes))
+    return Quantized(summaries, time.monotonic() - started, tuple(notes), importance)
 
 
 def _summary(plan: Plan, path: Path) -> OutputSummary:

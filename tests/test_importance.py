@@ -41,7 +41,6 @@ def test_rows_are_means_and_an_unreached_expert_is_filled(ones: bool, filled: li
     importance = Importance({"w": Entry(sums, np.array([2, 0, 1], np.float32))}, fill_with_ones=ones)
     rows = importance.rows(TensorInfo("w", (3, 7, 2), TensorType.BF16))
     np.testing.assert_array_equal(rows, np.array([[1, 2], filled, [3, 4]], np.float32))
-    assert importance.entries["w"].uncovered == [1]
     assert importance.rows(TensorInfo("other", (7, 2), TensorType.BF16)) is None
 
 

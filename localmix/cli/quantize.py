@@ -129,8 +129,6 @@ def command(
         library.make_room(outputs[0][1])
     if imatrix is None and not no_imatrix and any(preset.imatrix != "unused" for preset in presets):
         imatrix = library.find_imatrix(path)
-        if imatrix is not None:
-            console.note(f"With the importance matrix {imatrix}")
     with console.progress(WEIGHTS) as progress:
         quantized = quantize(
             path,
@@ -150,6 +148,11 @@ def command(
         one = len(quantized.outputs) == 1
         library.remember(quantized.outputs[0].path if one else quantized.outputs[0].path.parent)
 
+    importance = quantized.importance
+    if importance is not None:
+        told = f"{importance.chunk_count} chunks of {', '.join(importance.datasets)}"
+        covered = f"; {importance.coverage.summary}" if importance.coverage.tokens else ""
+        console.note(f"With the importance matrix {imatrix}: {told}{covered}.")
     for note in quantized.notes:
         console.warn(note)
     for summary in quantized.outputs:
@@ -175,7 +178,19 @@ def command(
         done = "planned; nothing was written" if dry_run else f"in {quantized.seconds:.1f} s"
         console.table(Table(columns, rows, f"{total} {done}"))
 
-    console.result({"outputs": quantized.outputs, "seconds": quantized.seconds}, draw)
+    document = {
+        "outputs": quantized.outputs,
+        "seconds": quantized.seconds,
+        "imatrix": None
+        if importance is None
+        else {
+            "path": imatrix,
+            "chunks": importance.chunk_count,
+            "datasets": importance.datasets,
+            "unreached": importance.coverage.unreached,
+        },
+    }
+    console.result(document, draw)
 
 
 def _output(source: Path, output: Path | None, kind: str) -> Path:

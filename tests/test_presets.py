@@ -72,6 +72,22 @@ def test_a_broken_file_is_refused_with_the_entry(content: str, reason: str, tmp_
     assert str(path) in caught.value.message
 
 
+def test_the_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text("presets:\n  A: {}\n  B:\n    advice: fine\n    output: Q9_K\nsets:\n  s: [A]\n", "utf-8")
+    with pytest.raises(InputError, match="line 3: the preset B names Q9_K"):
+        load_presets(path)
+    path.write_text("presets:\n  A:\n    advice: fine\n    bits: 4\n", "utf-8")
+    with pytest.raises(InputError, match="line 4: the preset A has the unknown field 'bits'"):
+        load_presets(path)
+    path.write_text("presets:\n  A: {}\nsets:\n  s: [A]\n  t: [B]\n", "utf-8")
+    with pytest.raises(InputError, match="line 5: the set t names B"):
+        load_presets(path)
+    path.write_text("presets:\n  A: {\n", "utf-8")
+    with pytest.raises(InputError, match="line 3"):
+        load_presets(path)
+
+
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileError, match="cannot be read"):
         load_presets(tmp_path / "none.yaml")

@@ -142,10 +142,7 @@ class _LocatedLoader(yaml.SafeLoader):
 
 def _construct_located(loader: _LocatedLoader, node: yaml.MappingNode) -> _Located:
     mapping = _Located(loader.construct_mapping(node, deep=True))
-    mapping.lines = {
-        loader.construct_object(key): key.start_mark.line + 1  # type: ignore[no-untyped-call]
-        for key, _ in node.value
-    }
+    mapping.lines = {loader.construct_object(key): key.start_mark.line + 1 for key, _ in node.value}
     return mapping
 
 

@@ -357,9 +357,11 @@ def main() -> None:
     parser.add_argument("--converter-python", type=Path, help="a Python with torch and transformers")
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "RESULTS.md")
     arguments = parser.parse_args()
-    build = [sys.executable, str(ROOT / "vendor/llama.cpp/build.py"), "--print-dir"]
-    tools = Path(subprocess.run(build, capture_output=True, text=True, check=True).stdout.strip())
+    print_dir = [sys.executable, str(ROOT / "vendor/llama.cpp/build.py"), "--print-dir"]
+    tools = Path(subprocess.run(print_dir, capture_output=True, text=True, check=True).stdout.strip())
     folder = arguments.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["LOCALMIX_HOME"] = str(folder / "library")  # the user's own library has no part in this
     bench = Bench(
         folder,
         tools,
@@ -371,6 +373,8 @@ def main() -> None:
     builder = multiprocessing.get_context("spawn").Process(target=build, args=(bench,))
     builder.start()
     builder.join()
+    if builder.exitcode:
+        sys.exit("The checkpoint of the benchmark could not be made.")
     found = list(rows(bench, {word for word in arguments.only.split(",") if word}))
     text = report(found, arguments.repeat)
     print(text)

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from localmix.errors import FileError, InputError, UsageError
-from localmix.tensor_types import TensorType
+from localmix.tensor_types import ENCODABLE, TensorType
 
 IMATRIX_NEEDS = ("required", "recommended", "optional", "unused")
 
@@ -85,9 +85,9 @@ def tensor_type(name: str) -> TensorType:
     """A tensor's type by name, in any case.
 
     Raises:
-        UsageError: ggml has no such type.
+        UsageError: ggml has no such type, or cannot write it.
     """
-    by_name = {kind.name.upper(): kind for kind in TensorType}
+    by_name = {kind.name.upper(): kind for kind in TensorType if kind in ENCODABLE}
     if name.upper() not in by_name:
         near = difflib.get_close_matches(name.upper(), by_name, n=3, cutoff=0.4)
         raise UsageError(f"There is no tensor type {name!r}.", f"Did you mean {' or '.join(near)}?" if near else "")
@@ -113,6 +113,8 @@ def load_presets(path: Path | None = None) -> Presets:
         content = yaml.load(path.read_text("utf-8"), _LocatedLoader)  # a SafeLoader
     except OSError as error:
         raise FileError(f"{path} cannot be read: {error.strerror}.") from error
+    except RecursionError:
+        raise InputError(f"{path} is nested too deep to be a file of presets.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     reader = _Reader(path)
@@ -142,6 +144,8 @@ class _LocatedLoader(yaml.SafeLoader):
 
 def _construct_located(loader: _LocatedLoader, node: yaml.MappingNode) -> _Located:
     mapping = _Located(loader.construct_mapping(node, deep=True))
+    if len(mapping) < len(node.value):
+        raise yaml.constructor.ConstructorError(None, None, "found a key twice", node.start_mark)
     mapping.lines = {loader.construct_object(key): key.start_mark.line + 1 for key, _ in node.value}
     return mapping
 
@@ -195,6 +199,11 @@ class _Reader:
         except UsageError as error:
             raise self.error(where, f"names {value}, which is no tensor type") from error
 
+    def flag(self, value: Any, where: str) -> bool:
+        if not isinstance(value, bool):
+            raise self.error(where, f"says pure: {value}; true or false is meant")
+        return value
+
     def preset(self, name: str, value: Any) -> Preset:
         where = f"the preset {name}"
         names = ("base", "rules", "output", "embedding", "imatrix", "advice", "pure")
@@ -203,7 +212,7 @@ class _Reader:
         if imatrix not in IMATRIX_NEEDS:
             raise self.error(where, f"says imatrix: {imatrix}; one of {', '.join(IMATRIX_NEEDS)} is meant")
         rules = []
-        for rule in self.sequence(fields.get("rules", []), where):
+        for rule in self.sequence([] if fields.get("rules") is None else fields["rules"], where):
             entry = self.mapping(rule, f"a rule of {where}", ("tensor", "type"))
             if set(entry) != {"tensor", "type"}:
                 raise self.error(f"a rule of {where}", "needs the fields tensor and type")
@@ -216,5 +225,5 @@ class _Reader:
             tuple(rules),
             self.type(fields["output"], where) if "output" in fields else None,
             self.type(fields["embedding"], where) if "embedding" in fields else None,
-            bool(fields.get("pure", False)),
+            self.flag(fields.get("pure", False), where),
         )

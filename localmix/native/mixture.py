@@ -12,6 +12,7 @@ import os
 import re
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,7 +87,7 @@ def choose_types(
     if rules:
         overrides = (bindings.llama_model_tensor_override * (len(rules) + 1))()  # ends with a null pattern
         for slot, (pattern, kind) in zip(overrides, rules, strict=False):
-            slot.pattern, slot.type = pattern.encode(), kind
+            slot.pattern, slot.type = pattern.encode("utf-8", "surrogateescape"), kind
         parameters.tt_overrides = ctypes.cast(overrides, type(parameters.tt_overrides))
     if has_imatrix:
         # one dummy entry is enough: only its presence is looked at in a dry run
@@ -100,8 +101,11 @@ def choose_types(
             path = Path(folder) / "skeleton.gguf"
             path.write_bytes(skeleton)
             log.reset()
-            with log.capture() as lines:
-                code = bindings.llama_model_quantize(os.fsencode(path), b"unused.gguf", ctypes.byref(parameters))
+            # In a thread, because Ctrl-C raises in the main one: inside the log callback it would be lost with a line
+            with log.capture() as lines, ThreadPoolExecutor(1) as pool:
+                code = pool.submit(
+                    bindings.llama_model_quantize, os.fsencode(path), b"unused.gguf", ctypes.byref(parameters)
+                ).result()
     except OSError as error:
         raise FileError(
             f"There is no temporary folder with {len(skeleton) / 1e6:.0f} MB for planning: {error.strerror or error}.",

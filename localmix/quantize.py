@@ -10,7 +10,7 @@ from pathlib import Path
 from localmix.errors import UsageError
 from localmix.importance import Importance, load_importance
 from localmix.native.devices import default_threads
-from localmix.plan import Plan, Planner, check_importance, check_quantizable
+from localmix.plan import Plan, Planner, check_coverage, check_importance, check_quantizable, check_rules
 from localmix.presets import Preset, Rule, tensor_type
 from localmix.sources.base import MetaValue, Source, boolean, f32, text, u32
 from localmix.sources.open import open_source
@@ -93,19 +93,28 @@ def plan_outputs(
     *,
     split_bytes: int | None = None,
     allow_requantize: bool = False,
-) -> list[Plan]:
+) -> tuple[list[Plan], list[str]]:
     """Plan every output and refuse what cannot end well, before any weight is read.
 
+    Returns:
+        The plans, and sentences on what is unusual.
+
     Raises:
-        InputError: the source is quantized already, or a type needs an importance row that is missing.
+        InputError: the source is quantized already, the importance matrix is of another model, or a type needs
+            an importance row that is missing.
+        UsageError: a rule matches no tensor.
     """
     planner = Planner(source)
     plans = [planner.plan(preset, rules=rules, importance=importance, split_bytes=split_bytes) for preset in presets]
+    notes: list[str] = []
     for plan in plans:
         if not allow_requantize:
             check_quantizable(plan, source)
+        notes += check_rules(plan, rules)
+        if importance is not None:
+            notes += check_coverage(plan, importance)
         check_importance(plan, importance)
-    return plans
+    return plans, list(dict.fromkeys(notes))  # several types often share one
 
 
 def coverage_notes(importance: Importance) -> list[str]:
@@ -162,7 +171,7 @@ def quantize(
         importance = None
         if imatrix is not None:
             importance = replace(load_importance(imatrix), fill_with_ones=upstream_imatrix)
-        plans = plan_outputs(
+        plans, unusual = plan_outputs(
             source,
             [preset for preset, _ in outputs],
             importance,
@@ -171,7 +180,7 @@ def quantize(
             allow_requantize=allow_requantize,
         )
         paths = [path for _, path in outputs]
-        notes = [*source.notes, *(coverage_notes(importance) if importance else ())]
+        notes = [*source.notes, *unusual, *(coverage_notes(importance) if importance else ())]
         if not dry_run:
             write_outputs(
                 source,

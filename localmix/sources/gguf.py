@@ -39,7 +39,8 @@ class GGUFFile(Source):
         self.metadata: dict[str, MetaValue] = {
             key: value for key, value in headers[0].metadata.items() if not key.startswith("split.")
         }
-        if "general.architecture" not in self.metadata:
+        architecture = self.metadata.get("general.architecture")
+        if architecture is None or not isinstance(architecture.value, str):
             raise InputError(f"{path} names no architecture.", "Only GGUF files of models can be used here.")
         self._parts = [PositionalFile(part) for part in paths]
         self._places: dict[str, tuple[PositionalFile, StoredTensor]] = {}

@@ -1,0 +1,120 @@
+"""The lane kernels (docs/kernels.md): ggml's quantization, one block in each SIMD lane, with ggml's own bytes.
+
+The library is optional. Where it was not built, where the processor is unknown or a type has no kernel,
+`kernel` answers None and ggml does the work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from localmix.native.library import ggml
+from localmix.tensor_types import TensorType
+
+# Built beside the sources: by the wheel into the package, by an editable install into the checkout.
+LIBRARY = Path(__file__).with_name("lanes") / "localmix_lanes.so"
+
+# LOCALMIX_KERNELS: `ggml` switches the lanes off, the name of an instruction set asks for that one.
+SWITCH = "LOCALMIX_KERNELS"
+
+_QUANTIZE = ctypes.CFUNCTYPE(
+    ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p
+)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Which kernels quantize here, for `localmix doctor`.
+
+    Attributes:
+        name: `ggml`, or the instruction set of the lanes.
+        reason: why it is ggml; empty otherwise.
+        types: what the lanes quantize, with or without an importance row; the others go to ggml.
+    """
+
+    name: str
+    reason: str
+    types: tuple[TensorType, ...]
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    try:
+        lanes = ctypes.CDLL(os.fspath(LIBRARY))
+        lanes.localmix_isa.restype = ctypes.c_char_p
+        lanes.localmix_kernel.restype = ctypes.c_void_p
+        lanes.localmix_reference_calls.restype = ctypes.c_int64
+        lanes.localmix_set_reference.argtypes = [ctypes.c_void_p]
+        lanes.localmix_set_reference.restype = None
+    except (OSError, AttributeError):
+        return None
+    lanes.localmix_set_reference(ctypes.cast(ggml().ggml_quantize_chunk, ctypes.c_void_p))
+    return lanes
+
+
+@functools.cache
+def instruction_sets() -> tuple[str, ...]:
+    """Those that are compiled in and that this processor runs, the widest last."""
+    lanes = _library()
+    if lanes is None:
+        return ()
+    names = []
+    index = 0
+    while name := lanes.localmix_isa(index):
+        if lanes.localmix_isa_runs(index):
+            names.append(name.decode())
+        index += 1
+    return tuple(names)
+
+
+def chosen() -> str:
+    """The instruction set that quantizes here, or `ggml`."""
+    wish = os.environ.get(SWITCH, "").strip().lower()
+    found = instruction_sets()
+    if wish:
+        return wish if wish in found else "ggml"
+    return found[-1] if found else "ggml"
+
+
+@functools.cache
+def kernel(kind: TensorType, weighted: bool, instruction_set: str) -> Any:
+    """A function with the signature of ggml's `quantize_*` (ggml-quants.h), or None where ggml has to do it.
+
+    Args:
+        weighted: whether an importance row will be given.
+        instruction_set: one of `instruction_sets()`; any other gives None.
+    """
+    lanes = _library()
+    if lanes is None or instruction_set not in instruction_sets():
+        return None
+    index = 0
+    while lanes.localmix_isa(index).decode() != instruction_set:
+        index += 1
+    address = lanes.localmix_kernel(index, int(kind), int(weighted))
+    return _QUANTIZE(address) if address else None
+
+
+def reference_calls() -> int:
+    """How many pieces of rows the lanes have handed to ggml because they could not give equal bytes."""
+    lanes = _library()
+    return 0 if lanes is None else int(lanes.localmix_reference_calls())
+
+
+def kernels() -> Kernels:
+    """Which kernels quantize here, and why."""
+    name = chosen()
+    if name == "ggml":
+        if os.environ.get(SWITCH):
+            reason = f"{SWITCH} asks for it"
+        elif not LIBRARY.is_file():
+            reason = "the lane kernels were not built: no C++ compiler when localmix was installed"
+        else:
+            reason = f"{LIBRARY.name} cannot be loaded here"
+        return Kernels(name, reason, ())
+    types = tuple(kind for kind in TensorType if kernel(kind, False, name) or kernel(kind, True, name))
+    return Kernels(name, "", types)

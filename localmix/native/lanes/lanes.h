@@ -130,6 +130,10 @@ LANES_INLINE int nearest_int(float value) {
     return (found & 0x007fffff) - 0x00400000;
 }
 
+// What is left of an int32 in ggml's uint8_t and int8_t.
+LANES_INLINE vi byte_of(vi value) { return value & 255; }
+LANES_INLINE vi signed_byte_of(vi value) { return value << 24 >> 24; }
+
 // ggml_compute_fp32_to_fp16 and back, in integers and exact products: the same for every processor.
 LANES_INLINE uint16_t to_half(float value) {
     uint32_t word;
@@ -216,6 +220,12 @@ LANES_INLINE void transpose(vf (&rows)[W]) {
     if constexpr (W > 8) exchange_rows<8>(rows);
 }
 
+LANES_INLINE vf sum_of_squares(const vf* x, int count) {
+    vf sum = {};
+    for (int i = 0; i < count; i++) sum += x[i] * x[i];
+    return sum;
+}
+
 // Where the W lanes read: lane k takes N consecutive floats (N a multiple of W), element i lands in out[i].
 struct Rows {
     const float* at[W];
@@ -230,6 +240,30 @@ LANES_INLINE void gather(const Rows& rows, vf* out) {
         for (int i = 0; i < W; i++) out[from + i] = tile[i];
     }
 }
+// Four byte-sized values to a word, count of them (whole words only up to the last, which is filled with zeros).
+template <int COUNT>
+LANES_INLINE void pack_bytes(const vi* bytes, vi* words) {
+    for (int i = 0; i < COUNT; i += 4) {
+        vi word = bytes[i];
+        for (int b = 1; b < 4 && i + b < COUNT; b++) word |= bytes[i + b] << 8 * b;
+        words[i / 4] = word;
+    }
+}
+
+// N weights of a sub-block from where the importance row is read, and their sum.
+template <int N>
+LANES_INLINE vf weigh(const vf* x, const Rows& importance, int from, vf sigma2, vf* w) {
+    Rows part;
+    for (int lane = 0; lane < W; lane++) part.at[lane] = importance.at[lane] + from;
+    gather<N>(part, w);
+    vf sum = {};
+    for (int i = 0; i < N; i++) {
+        w[i] *= square_root(sigma2 + x[i] * x[i]);
+        sum += w[i];
+    }
+    return sum;
+}
+
 // Packed blocks, one in each lane as little-endian words, to count consecutive blocks of BYTES bytes each.
 template <int BYTES>
 LANES_INLINE void write_blocks(const vi* words, uint8_t* to, int count) {

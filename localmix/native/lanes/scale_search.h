@@ -6,8 +6,6 @@
 LANES_BEGIN
 namespace {
 
-// ggml's uint8_t L: what does not fit in a byte wraps.
-LANES_INLINE vi byte_of(vi value) { return value & 255; }
 LANES_INLINE vi at_most(vi value, int high) { return lesser(value, splat(high)); }
 
 // N scales in x with weights w; the quantized ones go to levels, the common scale comes back.

@@ -104,10 +104,10 @@ def test_the_wheel_has_the_lane_kernels_for_every_python(wheel: Path) -> None:
 def test_without_a_compiler_the_wheel_is_pure_and_the_same_otherwise(wheel: Path, tmp_path: Path) -> None:
     result = build(ROOT, tmp_path, "--wheel", CXX=str(tmp_path / "none"))
     assert result.returncode == 0, result.stdout + result.stderr
-    with zipfile.ZipFile(tmp_path / f"localmix-{localmix.__version__}-py3-none-any.whl") as pure:
-        with zipfile.ZipFile(wheel) as compiled:
-            assert set(compiled.namelist()) - set(pure.namelist()) <= {LANES}
-            assert set(pure.namelist()) <= set(compiled.namelist())
+    name = f"localmix-{localmix.__version__}-py3-none-any.whl"
+    with zipfile.ZipFile(tmp_path / name) as pure, zipfile.ZipFile(wheel) as compiled:
+        assert set(compiled.namelist()) - set(pure.namelist()) <= {LANES}
+        assert set(pure.namelist()) <= set(compiled.namelist())
 
 
 def test_the_wheel_is_complete(wheel: Path) -> None:

@@ -39,7 +39,14 @@ class Kernels:
 
     name: str
     reason: str
-    types: tuple[TensorType, ...]
+    types: tuple[str, ...]
+
+    @property
+    def description(self) -> str:
+        """One line for people."""
+        if self.reason:
+            return f"ggml's own, the slower ones: {self.reason}"
+        return f"lanes for {self.name}: {', '.join(self.types)}; ggml's for other types"
 
 
 @functools.cache
@@ -109,12 +116,12 @@ def kernels() -> Kernels:
     """Which kernels quantize here, and why."""
     name = chosen()
     if name == "ggml":
-        if os.environ.get(SWITCH):
-            reason = f"{SWITCH} asks for it"
+        if wish := os.environ.get(SWITCH):
+            reason = f"{SWITCH} asks for {wish}" + (", which does not run here" if wish.lower() != "ggml" else "")
         elif not LIBRARY.is_file():
             reason = "the lane kernels were not built: no C++ compiler when localmix was installed"
         else:
             reason = f"{LIBRARY.name} cannot be loaded here"
         return Kernels(name, reason, ())
-    types = tuple(kind for kind in TensorType if kernel(kind, False, name) or kernel(kind, True, name))
+    types = tuple(kind.name for kind in TensorType if kernel(kind, False, name) or kernel(kind, True, name))
     return Kernels(name, "", types)

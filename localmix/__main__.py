@@ -124,9 +124,10 @@ def _report_bug() -> int:
 
 def _stop_politely() -> None:
     """SIGTERM and a closed terminal stop a run the way Ctrl-C does, so that it cleans up behind itself."""
+    from localmix.cli import Terminated
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        raise Terminated
 
     for name in ("SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)

@@ -10,15 +10,13 @@ from pathlib import Path
 from localmix import library
 from localmix.errors import Interrupted, LocalmixError
 from localmix.gguf_format import tensor_bytes
-from localmix.memory import trained_context
+from localmix.memory import DEFAULT_CONTEXT, trained_context
 from localmix.native.mixture import file_type
 from localmix.perplexity import Perplexity, measure
 from localmix.presets import load_presets
 from localmix.sources.base import Source
 from localmix.sources.open import open_source
 from localmix.table import QuantizationRow
-
-DEFAULT_CONTEXT = 4096
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from localmix.sources.positional import PositionalFile
 from localmix.tensor_types import TensorType
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
+_ORIGIN = "localmix.imatrix."  # prefix of our own metadata, which other tools ignore
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Importance:
     Attributes:
         chunk_size: tokens of a chunk; 0 in the older format, which does not say.
         path: where it was read from.
+        origin: checksums of what it was collected from, `model` and `corpus`; empty in other tools' files.
         fill_with_ones: what an expert that no token reached gets: ones, as llama.cpp gives it without a word,
             or the mean of the layer's other experts, which knows at least which columns carry the layer.
     """
@@ -59,6 +61,7 @@ class Importance:
     chunk_count: int = 0
     chunk_size: int = 0
     path: Path = field(default_factory=Path)
+    origin: Mapping[str, str] = field(default_factory=dict)
     fill_with_ones: bool = False
 
     def rows(self, tensor: TensorInfo) -> npt.NDArray[np.float32] | None:
@@ -139,6 +142,7 @@ def _load_gguf(path: Path) -> Importance:
         int(metadata.get("imatrix.chunk_count", 0)),
         int(metadata.get("imatrix.chunk_size", 0)),
         path,
+        {key: str(metadata[_ORIGIN + key]) for key in ("model", "corpus") if _ORIGIN + key in metadata},
     )
 
 
@@ -172,6 +176,30 @@ def _load_legacy(path: Path) -> Importance:
     return Importance(entries, datasets, chunks, 0, path)
 
 
+def merge_importance(parts: Sequence[Importance]) -> Importance:
+    """One importance matrix that has seen the text of all parts: sums and counts add up.
+
+    Raises:
+        InputError: the parts are of different models, or only some are of the older format, whose numbers
+            are means and carry no token counts.
+    """
+    first = parts[0]
+    merged = dict(first.entries)
+    for part in parts[1:]:
+        if (part.chunk_size == 0) != (first.chunk_size == 0):
+            raise InputError(
+                f"{first.path} and {part.path} are of different formats, so their sums cannot be added.",
+                "Make the older one again with `localmix imatrix`.",
+            )
+        for name, entry in part.entries.items():
+            known = merged.get(name, Entry(np.zeros_like(entry.sums), np.zeros_like(entry.counts)))
+            if known.sums.shape != entry.sums.shape:
+                raise InputError(f"{first.path} and {part.path} are of different models: {name} differs in shape.")
+            merged[name] = Entry(known.sums + entry.sums, known.counts + entry.counts)
+    datasets = tuple(dict.fromkeys(name for part in parts for name in part.datasets))
+    return Importance(merged, datasets, sum(part.chunk_count for part in parts), first.chunk_size)
+
+
 def write_importance(path: Path, importance: Importance) -> None:
     """Write an imatrix file that `llama-quantize` reads too; the file appears whole or not at all."""
     metadata = {
@@ -179,6 +207,7 @@ def write_importance(path: Path, importance: Importance) -> None:
         "imatrix.datasets": array(ValueType.STRING, importance.datasets),
         "imatrix.chunk_count": u32(importance.chunk_count),
         "imatrix.chunk_size": u32(importance.chunk_size),
+        **{_ORIGIN + key: text(value) for key, value in importance.origin.items()},
     }
     infos: list[TensorInfo] = []
     blobs: list[bytes] = []

@@ -23,7 +23,10 @@ FLOAT_TYPES = ("BF16", "F16", "F32")
 IMATRIX_SUFFIX = ".imatrix.gguf"
 
 _STATE_FILE = "state.json"
-_TYPED_NAME = re.compile(r"^(?P<model>.+?)[-.](?P<type>(?:I?Q|TQ)\d\w*|BF16|F16|F32|MXFP4\w*)$", re.IGNORECASE)
+# how the field names files, `Mixtral-8x7B-v0.1.Q4_K_M.gguf`; a preset of ours may end with its month
+_TYPED_NAME = re.compile(
+    r"^(?P<model>.+?)[-.](?P<type>(?:(?:I?Q|TQ)\d\w*|BF16|F16|F32|MXFP4\w*)(?:-\d{4}-\d\d)?)$", re.IGNORECASE
+)
 _MODEL_NAME = re.compile(r"^[^\W_][\w.+ -]*$")
 
 
@@ -120,14 +123,18 @@ def _model(folder: Path, checkpoint: str | None) -> Model:
 def split_name(path: Path) -> tuple[str, str]:
     """The model's name and the type that a path tells: `tinymix-Q4_K_M.gguf` is ("tinymix", "Q4_K_M").
 
-    A folder, and a file whose name tells no type, have the type "".
+    A folder, and a file whose name tells no type, have the type "". In the library the folder is the model,
+    so that any name of a type can be told there.
     """
     absolute = Path(os.path.abspath(path))  # not resolve(): the name that the user gave counts, not the link's
     name = absolute.name.removesuffix(".gguf") or "model"
+    if absolute.suffix != ".gguf":
+        return name, ""
+    folder = absolute.parent
+    if folder.parent == home() and name.startswith(f"{folder.name}-"):
+        return folder.name, name.removeprefix(f"{folder.name}-")
     match = _TYPED_NAME.match(name)
-    if match and absolute.suffix == ".gguf":
-        return match["model"], match["type"].upper()
-    return name, ""
+    return (match["model"], match["type"].upper()) if match else (name, "")
 
 
 def model_name(path: Path) -> str:
@@ -243,7 +250,7 @@ def _of_type(model: Model, kind: str) -> Path:
     wanted = kind.upper()
     for spelled in (wanted, f"{wanted}_M"):  # Q4_K means Q4_K_M, as in llama.cpp
         for file in model.files:
-            if file.type == spelled:
+            if file.type.upper() == spelled:
                 return file.path
     raise UsageError(
         f"{model.name} has no file of type {wanted}; it has {_types(model)}.",
@@ -415,7 +422,7 @@ def plan_removal(name: str) -> Removal:
             path
             for path in sorted(model.folder.iterdir())
             if path.name.startswith((f"{model.name}-", f"{model.name}.", f".{model.name}"))
-            and path.name.endswith((".gguf", ".partial"))
+            and path.name.endswith((".gguf", ".partial", ".journal"))
             and (path.is_file() or path.is_symlink())
         ]
     return Removal(name, model.folder, tuple(files), sum(path.lstat().st_size for path in files))

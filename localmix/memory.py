@@ -23,6 +23,9 @@ MIB = 2**20
 # bytes of one value in the KV cache
 KV_TYPES = {"f16": 2.0, "bf16": 2.0, "f32": 4.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
 
+# positions to run and to measure with where nothing else is asked for
+DEFAULT_CONTEXT = 4096
+
 # A machine sold with 16 GB reports 15.3 to 15.8 GiB, the rest is the firmware's and the graphics'; the
 # system itself takes about one more.
 FLOOR_GB = 16
@@ -102,7 +105,7 @@ def largest_context(source: Source, weights: int, available: Available, kv_type:
 
 def trained_context(source: Source) -> int:
     """Positions the model was trained for; 4096 when it does not say."""
-    return int(source.get("{arch}.context_length", 0)) or 4096
+    return int(source.get("{arch}.context_length", 0)) or DEFAULT_CONTEXT
 
 
 def _kv_values(source: Source) -> int:

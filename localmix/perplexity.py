@@ -304,8 +304,8 @@ class Tally:
 
     @property
     def perplexity(self) -> float:
-        """The exponential of the mean."""
-        return math.exp(self.mean)
+        """The exponential of the mean; infinite where that is beyond a float."""
+        return math.exp(self.mean) if self.mean < 700 else math.inf
 
     @property
     def error(self) -> float:

@@ -1,13 +1,21 @@
-"""A tiny Mixtral of random weights as a GGUF file, written by gguf-py: for tests that need no sense, only speed."""
+"""A tiny model of random weights as a GGUF file, written by gguf-py: an independent writer, so that a mistake of
+ours shows."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import gguf
 import numpy as np
+from gguf import GGMLQuantizationType as Kind
 
 WORDS = ["a", "b", "c", "ab", "▁a", "▁b", "▁the", "t", "h", "e", "th", "the", "▁", "▁t", "▁th", "i", "n", "in"]
+
+
+def bf16_bits(values: np.ndarray) -> np.ndarray:
+    """float32 as the bits of bfloat16, by cutting."""
+    return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
 
 
 def write_random_model(
@@ -18,14 +26,21 @@ def write_random_model(
     feed_forward: int = 256,
     experts: int = 8,
     context: int = 2048,
+    embedding_rows: int = 0,
+    kind: Kind = Kind.F16,
+    change: Mapping[str, np.ndarray] | None = None,
     byte_tokens: bool = True,
     duplicate: bool = False,
     poison: str = "",
     seed: int = 1,
 ) -> Path:
-    """Write the file.
+    """Write a model of llama.cpp's `llama` architecture.
 
     Args:
+        experts: 0 for a dense model.
+        embedding_rows: more tokens than the words and bytes, for a larger embedding.
+        kind: F32, F16 or BF16, for every matrix; beside BF16 the router stays F32, as converters leave it.
+        change: float32 values to use instead of random ones, by tensor name.
         byte_tokens: leave them out to make llama.cpp abort at the first tokenize.
         duplicate: give two tokens one text, to make llama.cpp abort while loading.
         poison: name of a tensor that gets a NaN.
@@ -37,7 +52,8 @@ def write_random_model(
         tokens += [f"<0x{byte:02X}>" for byte in range(256)]
         types += [gguf.TokenType.BYTE] * 256
     tokens += WORDS
-    types += [gguf.TokenType.NORMAL] * len(WORDS)
+    tokens += [f"▁more{number}" for number in range(embedding_rows - len(tokens))]
+    types += [gguf.TokenType.NORMAL] * (len(tokens) - len(types))
     if duplicate:
         tokens[-1] = tokens[-2]
     writer = gguf.GGUFWriter(path, "llama")
@@ -51,8 +67,9 @@ def write_random_model(
     writer.add_rope_dimension_count(hidden // heads)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(len(tokens))
-    writer.add_expert_count(experts)
-    writer.add_expert_used_count(2)
+    if experts:
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(2)
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(tokens)
@@ -67,27 +84,38 @@ def write_random_model(
 
     generator = np.random.default_rng(seed)
     kv = hidden // heads * kv_heads
+    stack = (experts,) if experts else ()
+    suffix = "_exps" if experts else ""
     shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (len(tokens), hidden)}
     for layer in range(layers):
+        block = f"blk.{layer}."
         shapes |= {
-            f"blk.{layer}.attn_norm.weight": (hidden,),
-            f"blk.{layer}.attn_q.weight": (hidden, hidden),
-            f"blk.{layer}.attn_k.weight": (kv, hidden),
-            f"blk.{layer}.attn_v.weight": (kv, hidden),
-            f"blk.{layer}.attn_output.weight": (hidden, hidden),
-            f"blk.{layer}.ffn_norm.weight": (hidden,),
-            f"blk.{layer}.ffn_gate_inp.weight": (experts, hidden),
-            f"blk.{layer}.ffn_gate_exps.weight": (experts, feed_forward, hidden),
-            f"blk.{layer}.ffn_up_exps.weight": (experts, feed_forward, hidden),
-            f"blk.{layer}.ffn_down_exps.weight": (experts, hidden, feed_forward),
+            block + "attn_norm.weight": (hidden,),
+            block + "attn_q.weight": (hidden, hidden),
+            block + "attn_k.weight": (kv, hidden),
+            block + "attn_v.weight": (kv, hidden),
+            block + "attn_output.weight": (hidden, hidden),
+            block + "ffn_norm.weight": (hidden,),
+            f"{block}ffn_gate{suffix}.weight": (*stack, feed_forward, hidden),
+            f"{block}ffn_up{suffix}.weight": (*stack, feed_forward, hidden),
+            f"{block}ffn_down{suffix}.weight": (*stack, hidden, feed_forward),
         }
+        if experts:
+            shapes[block + "ffn_gate_inp.weight"] = (experts, hidden)
     shapes |= {"output_norm.weight": (hidden,), "output.weight": (len(tokens), hidden)}
     for name, shape in shapes.items():
         values = generator.standard_normal(shape, np.float32)
         values = np.abs(values) if len(shape) == 1 else values / np.float32(np.sqrt(shape[-1]))
+        if change and name in change:
+            values = change[name].astype(np.float32)
         if name == poison:
             values.flat[0] = np.nan
-        writer.add_tensor(name, values if len(shape) == 1 else values.astype(np.float16))
+        if len(shape) == 1 or kind == Kind.F32 or ("ffn_gate_inp" in name and kind == Kind.BF16):
+            writer.add_tensor(name, values)
+        elif kind == Kind.BF16:
+            writer.add_tensor(name, bf16_bits(values), raw_dtype=Kind.BF16)
+        else:
+            writer.add_tensor(name, values.astype(np.float16))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -12,7 +12,7 @@ from localmix.errors import InputError
 from localmix.gguf_format import encode_header, layout, read_header
 from localmix.sources.base import MetaValue, TensorInfo, ValueType, array, boolean, f32, text, u32
 from localmix.tensor_types import TensorType
-from tests.models import write_model
+from tests.random_model import write_random_model
 
 
 def string(value: str) -> bytes:
@@ -33,7 +33,7 @@ def tensor(name: str, dimensions: tuple[int, ...], kind: int = 0, offset: int = 
 
 
 def test_reads_what_gguf_py_writes(tmp_path: Path) -> None:
-    path = write_model(tmp_path / "model.gguf", layers=1)
+    path = write_random_model(tmp_path / "model.gguf", layers=1)
     header = read_header(path)
     reader = gguf.GGUFReader(path)
     fields = {key: field for key, field in reader.fields.items() if not key.startswith("GGUF.")}
@@ -116,7 +116,7 @@ def test_broken_heads_are_refused_with_the_reason(name: str, tmp_path: Path) -> 
 
 
 def test_every_cut_of_a_file_is_refused(tmp_path: Path) -> None:
-    whole = write_model(tmp_path / "model.gguf", layers=1, hidden=64, feed_forward=64, experts=0).read_bytes()
+    whole = write_random_model(tmp_path / "model.gguf", layers=1, hidden=64, feed_forward=64, experts=0).read_bytes()
     path = tmp_path / "cut.gguf"
     for size in [*range(0, 3000, 7), len(whole) // 2, len(whole) - 40]:
         path.write_bytes(whole[:size])
@@ -146,5 +146,5 @@ _cache: list[Path] = []
 def _whole_model(factory: pytest.TempPathFactory) -> Path:
     if not _cache:
         folder = factory.mktemp("fuzz")
-        _cache.append(write_model(folder / "model.gguf", layers=1, hidden=64, feed_forward=64, experts=0))
+        _cache.append(write_random_model(folder / "model.gguf", layers=1, hidden=64, feed_forward=64, experts=0))
     return _cache[0]

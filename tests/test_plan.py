@@ -15,7 +15,7 @@ from localmix.quantize import quantize
 from localmix.sources.base import Source
 from localmix.sources.open import open_source
 from localmix.tensor_types import TensorType
-from tests.models import write_model
+from tests.random_model import write_random_model
 
 # GiB and bits per weight of Mixtral-8x7B in llama.cpp 0c1e57098, without and with an importance matrix
 MIXTRAL = {
@@ -90,7 +90,7 @@ def test_planning_twelve_types_of_mixtral_takes_no_time(mixtral: Source) -> None
 
 
 def test_the_plan_is_the_file(tmp_path: Path) -> None:
-    model = write_model(tmp_path / "model.gguf", layers=1)
+    model = write_random_model(tmp_path / "model.gguf", layers=1)
     preset = load_presets().find("Q4_K_M")
     with open_source(model) as source:
         plan = Planner(source).plan(preset)
@@ -117,7 +117,7 @@ def test_a_rule_that_is_no_regular_expression(mixtral: Source) -> None:
 
 
 def test_fallbacks_are_counted_with_what_was_meant(tmp_path: Path) -> None:
-    model = write_model(tmp_path / "model.gguf", layers=2, experts=0, feed_forward=352)
+    model = write_random_model(tmp_path / "model.gguf", layers=2, experts=0, feed_forward=352)
     with open_source(model) as source:
         plan = Planner(source).plan(load_presets().find("Q4_K_M"))
     assert [(tensor.info.name, tensor.meant, tensor.type) for tensor in plan.fallbacks] == [
@@ -143,7 +143,7 @@ def test_an_imatrix_of_another_model_is_refused_before_the_work(mixtral: Source)
 
 
 def test_a_quantized_source_is_refused(tmp_path: Path) -> None:
-    model = write_model(tmp_path / "model.gguf", layers=1, experts=0)
+    model = write_random_model(tmp_path / "model.gguf", layers=1, experts=0)
     quantize(model, [(load_presets().find("Q8_0"), tmp_path / "q8.gguf")])
     with open_source(tmp_path / "q8.gguf") as source:
         plan = Planner(source).plan(load_presets().find("Q4_0"))
@@ -152,7 +152,7 @@ def test_a_quantized_source_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_architecture_that_llama_cpp_does_not_know(tmp_path: Path) -> None:
-    model = write_model(tmp_path / "model.gguf", layers=1, experts=0)
+    model = write_random_model(tmp_path / "model.gguf", layers=1, experts=0)
     data = model.read_bytes().replace(b"llama", b"lamma")
     model.write_bytes(data)
     with open_source(model) as source, pytest.raises(InputError, match="unknown model architecture"):

@@ -14,12 +14,14 @@ from localmix.presets import load_presets
 from localmix.quantize import parse_override, parse_rule, quantize
 from localmix.sources.open import open_source
 from localmix.tensor_types import TensorType
-from tests.models import write_model
+from tests.random_model import write_random_model
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model") / "model.gguf", layers=1)
+    return write_random_model(
+        tmp_path_factory.mktemp("model") / "model.gguf", layers=1, kind=gguf.GGMLQuantizationType.BF16
+    )
 
 
 def test_a_split_output_reads_back_as_one_model(model: Path, tmp_path: Path) -> None:

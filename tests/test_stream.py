@@ -14,7 +14,9 @@ from localmix.convert import convert
 from localmix.errors import InputError, UsageError
 from localmix.presets import load_presets
 from localmix.quantize import quantize
-from tests.models import write_model
+from tests.random_model import write_random_model
+
+BF16 = gguf.GGMLQuantizationType.BF16
 
 
 def sha256(path: Path) -> str:
@@ -22,7 +24,7 @@ def sha256(path: Path) -> str:
 
 
 def test_the_bytes_do_not_depend_on_threads_or_on_the_other_outputs(tmp_path: Path) -> None:
-    model = write_model(tmp_path / "model.gguf", layers=1)
+    model = write_random_model(tmp_path / "model.gguf", layers=1, kind=BF16)
     presets = [load_presets().find(name) for name in ("Q4_K_M", "Q8_0")]
     quantize(model, [(preset, tmp_path / f"{preset.name}.gguf") for preset in presets], threads=4)
     for preset in presets:
@@ -31,7 +33,7 @@ def test_the_bytes_do_not_depend_on_threads_or_on_the_other_outputs(tmp_path: Pa
 
 
 def test_convert_keeps_a_bf16_file_byte_for_byte(tmp_path: Path) -> None:
-    model = write_model(tmp_path / "model.gguf", layers=1)
+    model = write_random_model(tmp_path / "model.gguf", layers=1, kind=BF16)
     result = convert(model, tmp_path / "copy.gguf")
     assert result.type == "BF16"
     before, after = (gguf.GGUFReader(path) for path in (model, tmp_path / "copy.gguf"))
@@ -41,7 +43,7 @@ def test_convert_keeps_a_bf16_file_byte_for_byte(tmp_path: Path) -> None:
 
 
 def test_progress_counts_every_weight_once(tmp_path: Path) -> None:
-    model = write_model(tmp_path / "model.gguf", layers=1)
+    model = write_random_model(tmp_path / "model.gguf", layers=1, kind=BF16)
     seen: list[tuple[int, int, str]] = []
     convert(model, tmp_path / "out.gguf", "f32", progress=lambda *step: seen.append(step))
     assert [done for done, _, _ in seen] == sorted(done for done, _, _ in seen)
@@ -53,10 +55,11 @@ def test_progress_counts_every_weight_once(tmp_path: Path) -> None:
 def test_nan_and_inf_are_found_with_tensor_and_place(value: float, kind: str, tmp_path: Path) -> None:
     bad = np.zeros((256, 512), np.float32)
     bad[200, 33] = value
-    model = write_model(
+    model = write_random_model(
         tmp_path / "model.gguf",
         layers=1,
         experts=0,
+        feed_forward=512,
         kind=gguf.GGMLQuantizationType[kind],
         change={"blk.0.ffn_down.weight": bad},
     )
@@ -68,14 +71,15 @@ def test_nan_and_inf_are_found_with_tensor_and_place(value: float, kind: str, tm
 def test_a_value_that_f16_cannot_hold(tmp_path: Path) -> None:
     big = np.zeros((256, 512), np.float32)
     big[7, 8] = 70000
-    model = write_model(tmp_path / "model.gguf", layers=1, experts=0, change={"blk.0.ffn_down.weight": big})
+    one_layer = {"layers": 1, "experts": 0, "feed_forward": 512, "kind": BF16}
+    model = write_random_model(tmp_path / "model.gguf", **one_layer, change={"blk.0.ffn_down.weight": big})
     with pytest.raises(InputError, match="row 7, column 8, which F16 cannot hold"):
         convert(model, tmp_path / "out.gguf", "f16")
     assert convert(model, tmp_path / "out.gguf", "bf16").type == "BF16"
 
 
 def test_a_source_that_changes_meanwhile_is_noticed(tmp_path: Path) -> None:
-    model = write_model(tmp_path / "model.gguf", layers=1)
+    model = write_random_model(tmp_path / "model.gguf", layers=1, kind=BF16)
 
     def meddle(done: int, total: int, name: str) -> None:
         with model.open("r+b") as file:
@@ -88,7 +92,7 @@ def test_a_source_that_changes_meanwhile_is_noticed(tmp_path: Path) -> None:
 
 
 def test_the_source_cannot_be_the_output(tmp_path: Path) -> None:
-    model = write_model(tmp_path / "model.gguf", layers=1)
+    model = write_random_model(tmp_path / "model.gguf", layers=1, kind=BF16)
     before = sha256(model)
     with pytest.raises(UsageError, match="would destroy it"):
         convert(model, model)
@@ -122,7 +126,7 @@ def test_memory_does_not_grow_with_the_tensors(kind: str, tmp_path: Path) -> Non
 
 def _large_model(folder: Path) -> Path:
     """A model whose embedding alone has 268 million weights, most of them a hole that reads as zeros."""
-    path = write_model(folder / "large.gguf", layers=1, experts=0, hidden=256, vocabulary=1024)
+    path = write_random_model(folder / "large.gguf", layers=1, experts=0, embedding_rows=1024, kind=BF16)
     from dataclasses import replace
 
     from localmix.gguf_format import encode_header, layout, read_header

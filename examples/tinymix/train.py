@@ -18,6 +18,7 @@ On a machine with other work to do, OMP_WAIT_POLICY=passive keeps the threads fr
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import os
@@ -25,7 +26,7 @@ import re
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 import lexicon
@@ -42,7 +43,9 @@ SEED = 7
 AUXILIARY_LOSS_WEIGHT = 0.02
 LEARNING_RATE = 2e-3
 DECAY_SHARE = 0.35
-SEQUENCES_PER_STEP = 4
+TOKENS_PER_STEP = 4 * 1024
+LANGUAGE_STEPS = 600
+ANSWER_WEIGHT = 3
 TOKENIZER_LINES = 12_000
 # Tells sentencepiece, in training only, where no piece may reach across.
 PIECE_BORDER = "\u2016"
@@ -124,13 +127,15 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(SHAPE.hidden, kv_size, bias=False)
         self.o_proj = nn.Linear(query_size, SHAPE.hidden, bias=False)
 
-    def forward(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cosine: Tensor, sine: Tensor, mask: Tensor | None) -> Tensor:
         batch, length, _ = x.shape
         query = self.q_proj(x).view(batch, length, SHAPE.heads, SHAPE.head_size).transpose(1, 2)
         key = self.k_proj(x).view(batch, length, SHAPE.kv_heads, SHAPE.head_size).transpose(1, 2)
         value = self.v_proj(x).view(batch, length, SHAPE.kv_heads, SHAPE.head_size).transpose(1, 2)
         query, key = rotate(query, cosine, sine).to(value.dtype), rotate(key, cosine, sine).to(value.dtype)
-        mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        mixed = functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+        )
         output: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
         return output
 
@@ -181,8 +186,8 @@ class Layer(nn.Module):
         self.post_attention_layernorm = Norm(SHAPE.hidden)
         self.block_sparse_moe = Experts()
 
-    def forward(self, x: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x = x + self.self_attn(self.input_layernorm(x), cosine, sine)
+    def forward(self, x: Tensor, cosine: Tensor, sine: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        x = x + self.self_attn(self.input_layernorm(x), cosine, sine, mask)
         mixed, balance, counts = self.block_sparse_moe(self.post_attention_layernorm(x))
         return x + mixed, balance, counts
 
@@ -202,15 +207,18 @@ class Tinymix(nn.Module):
                 writes = name.endswith(("o_proj.weight", "w2"))
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * SHAPE.layers) if writes else 0.02)
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns logits [batch, length, vocabulary], the mean balance loss and expert counts [layer, expert]."""
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns logits [batch, length, vocabulary], the mean balance loss and expert counts [layer, expert].
+
+        `mask` [batch, 1, length, length] says which tokens see which; without it all earlier ones are seen.
+        """
         x = self.embed_tokens(tokens)
         cosine, sine = rotary_tables(tokens.shape[1])
         balances, counts = [], []
         for layer in self.layers:
-            x, balance, count = layer(x, cosine, sine)
+            x, balance, used = layer(x, cosine, sine, mask)
             balances.append(balance)
-            counts.append(count)
+            counts.append(used)
         return self.lm_head(self.norm(x)), torch.stack(balances).mean(), torch.stack(counts)
 
 
@@ -229,9 +237,11 @@ def train_tokenizer(folder: Path) -> None:
             for text in islice(source, TOKENIZER_LINES):
                 yield pattern.sub(lambda match: f"{PIECE_BORDER}{match[0]}{PIECE_BORDER}", text.replace("\n", " "))
 
+    # Written through memory, so that no folder's name gets into the file.
+    model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=sentences(),
-        model_prefix=str(folder / "tokenizer"),
+        model_writer=model,
         vocab_size=SHAPE.vocabulary,
         model_type="bpe",
         byte_fallback=True,
@@ -248,7 +258,7 @@ def train_tokenizer(folder: Path) -> None:
         num_threads=2,
         minloglevel=1,
     )
-    (folder / "tokenizer.vocab").unlink()
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
 
 
 def load_tokenizer(folder: Path) -> sentencepiece.SentencePieceProcessor:
@@ -268,35 +278,56 @@ def prompt_tokens(tokenizer: sentencepiece.SentencePieceProcessor, turns: list[w
     return tokens
 
 
-def plain_windows(tokenizer: sentencepiece.SentencePieceProcessor) -> Iterator[list[int]]:
-    """Yields windows of plain text, context + 1 tokens: BOS, then text cut anywhere, as a perplexity tool cuts it."""
+def plain_windows(tokenizer: sentencepiece.SentencePieceProcessor) -> Iterator[tuple[list[int], list[int]]]:
+    """Yields windows of plain text, context + 1 tokens and as many loss weights, all 1.
+
+    A window is BOS and then text cut anywhere, as a perplexity tool cuts it.
+    """
     source = world.lines("train")
     tokens: list[int] = []
     while True:
         while len(tokens) < SHAPE.context:
             # In front of a line break the dummy space is a token of its own, which the middle of a text lacks.
             tokens += tokenizer.encode("\n" + "\n".join(islice(source, 50)))[1:]
-        yield [BEGIN, *tokens[: SHAPE.context]]
+        yield [BEGIN, *tokens[: SHAPE.context]], [1] * (SHAPE.context + 1)
         del tokens[: SHAPE.context]
 
 
-def chat_windows(tokenizer: sentencepiece.SentencePieceProcessor) -> Iterator[list[int]]:
-    """Yields windows of whole and cut chats in the instruct template, context + 1 tokens."""
+def chat_windows(tokenizer: sentencepiece.SentencePieceProcessor) -> Iterator[tuple[list[int], list[int]]]:
+    """Yields windows of chats in the instruct template, context + 1 tokens and as many loss weights.
+
+    What is answered weighs more than what is asked: the questions are random, the answers are to be known.
+    """
     tokens: list[int] = []
+    weights: list[int] = []
     for turns in world.chats("train"):
-        tokens += [*prompt_tokens(tokenizer, turns), END]
+        for number, turn in enumerate(turns):
+            asked = tokenizer.encode(f" [INST] {turn.question} [/INST]")
+            both = tokenizer.encode(f" [INST] {turn.question} [/INST] {turn.answer}")
+            tokens += [END if number else BEGIN, *both]
+            weights += [ANSWER_WEIGHT if number else 1] + [1] * len(asked) + [ANSWER_WEIGHT] * (len(both) - len(asked))
+        tokens.append(END)
+        weights.append(ANSWER_WEIGHT)
         # A window opens with a chat of its own, so that questions are seen at the first positions, too.
         if len(tokens) > SHAPE.context:
-            yield tokens[: SHAPE.context + 1]
+            yield tokens[: SHAPE.context + 1], weights[: SHAPE.context + 1]
             tokens.clear()
+            weights.clear()
 
 
-def training_batches(tokenizer: sentencepiece.SentencePieceProcessor) -> Iterator[Tensor]:
-    """Yields batches [SEQUENCES_PER_STEP, context + 1], half plain text and half chats, without end."""
+def training_batches(tokenizer: sentencepiece.SentencePieceProcessor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields tokens and loss weights, each [4, context + 1], without end.
+
+    Plain text and chats come by halves, all tokens alike, while the language is learned; then, for the facts,
+    three chats to one text, and a chat sees nothing of the others in its window.
+    """
     plain, chat = plain_windows(tokenizer), chat_windows(tokenizer)
-    half = SEQUENCES_PER_STEP // 2
-    while True:
-        yield torch.tensor([*islice(plain, half), *islice(chat, half)])
+    for step in count():
+        language_only = step < LANGUAGE_STEPS
+        texts = 2 if language_only else 1
+        windows = [*islice(plain, texts), *islice(chat, 4 - texts)]
+        weights = torch.tensor([weights for _, weights in windows])
+        yield torch.tensor([tokens for tokens, _ in windows]), torch.ones_like(weights) if language_only else weights
 
 
 @torch.no_grad()
@@ -356,6 +387,15 @@ def perplexity(
     return math.exp(total / (chunks * (context - first - 1))), counts
 
 
+def document_mask(tokens: Tensor) -> Tensor:
+    """Returns the mask [batch, 1, length, length] by which a token sees only what follows the last BOS before it.
+
+    A chat alone in sight names one person; among forty other chats the name would first have to be searched for.
+    """
+    documents = (tokens == BEGIN).cumsum(dim=1)
+    return (documents.unsqueeze(1) == documents.unsqueeze(2)).tril().unsqueeze(1)
+
+
 def learning_rate(step: int, steps: int) -> float:
     """Returns the rate of a step: a short rise, a plateau, and a straight fall to nothing over the last third.
 
@@ -388,19 +428,22 @@ def train(folder: Path, work: Path, steps: int, use_bfloat16: bool) -> None:
         first_step = state["step"]
     batches = islice(training_batches(tokenizer), first_step, None)
     started = time.monotonic()
-    for step, batch in zip(range(first_step, steps), batches, strict=False):
+    for step, (batch, weights) in zip(range(first_step, steps), batches, strict=False):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=use_bfloat16):
-            logits, balance, counts = model(batch[:, :-1])
-        loss = functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
+            tokens = batch[:, :-1]
+            logits, balance, counts = model(tokens, document_mask(tokens) if step >= LANGUAGE_STEPS else None)
+        losses = functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
+        weight = weights[:, 1:].flatten()
+        loss = (losses * weight).sum() / weight.sum()
         (loss + AUXILIARY_LOSS_WEIGHT * balance).backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         done = step + 1
         if done % 20 == 0 or done == steps:
-            speed = (done - first_step) * SEQUENCES_PER_STEP * SHAPE.context / (time.monotonic() - started)
+            speed = (done - first_step) * TOKENS_PER_STEP / (time.monotonic() - started)
             use = counts / counts.sum(dim=1, keepdim=True)
             print(
                 f"step {done}/{steps} loss {loss.item():.3f} balance {balance.item():.3f} norm {norm.item():.2f} "
@@ -554,7 +597,7 @@ def main() -> None:
     parser.add_argument("step", choices=("texts", "tokenizer", "train", "export", "evaluate", "all"))
     parser.add_argument("--folder", type=Path, default=HERE, help="folder of the checkpoint (default: this one)")
     parser.add_argument("--work", type=Path, default=HERE / "build", help="folder of the training state")
-    parser.add_argument("--steps", type=int, default=2000, help="training steps of 4096 tokens (default: 2000)")
+    parser.add_argument("--steps", type=int, default=1500, help="training steps of 4096 tokens (default: 1500)")
     parser.add_argument("--threads", type=int, default=2, help="processor threads (default: 2)")
     parser.add_argument(
         "--bfloat16", action="store_true", help="multiply in bfloat16, for processors that are fast at it"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from localmix.cli import Terminated
 from localmix.cli.console import Console
 from localmix.cli.parameters import MODEL, examples, json_option, threads_option
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from localmix.library import ModelFile
     from localmix.memory import Available, Need
 
-DEFAULT_CONTEXT = 4096
 _STATUS_TOKENS = 256  # a shorter prompt is read before anybody could read about it
 
 
@@ -36,7 +36,7 @@ _STATUS_TOKENS = 256  # a shorter prompt is read before anybody could read about
     "--ctx",
     "context",
     type=click.IntRange(min=16),
-    help=f"Positions of context; {DEFAULT_CONTEXT} by default, less if the model was trained for less.",
+    help="Positions of context; 4096 by default, less if the model was trained for less.",
 )
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Longest reply.")
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.2, show_default=True)
@@ -181,7 +181,7 @@ class _MemoryCheck:
         with open_source(path) as source:
             trained = memory.trained_context(source)
             weights = sum(file.stat().st_size for file in source.files())
-            context = self._context or min(DEFAULT_CONTEXT, trained)
+            context = self._context or min(memory.DEFAULT_CONTEXT, trained)
             longest = memory.largest_context(source, weights, self._room)
             return _Fit(context, trained, longest, memory.need(source, weights, context))
 
@@ -302,6 +302,8 @@ class _Talk:
         while True:
             try:
                 text = session.prompt().strip()
+            except Terminated:
+                raise
             except (EOFError, KeyboardInterrupt):
                 return
             if text.startswith("/"):

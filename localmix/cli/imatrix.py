@@ -16,18 +16,34 @@ from localmix.cli.parameters import FILE, MODEL, examples, json_option, threads_
     "--corpus",
     "corpora",
     type=FILE,
-    required=True,
     multiple=True,
     help="A UTF-8 calibration text; several are read one after the other.",
 )
 @click.option("-o", "--output", type=FILE, metavar="FILE", help="Write here; into the model library by default.")
 @click.option("--ctx", "context", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens of a chunk.")
 @click.option("--chunks", type=click.IntRange(min=1), help="Read so many chunks at most.")
+@click.option("--output-weight", is_flag=True, help="Collect for output.weight too.")
+@click.option(
+    "--resume",
+    type=FILE,
+    metavar="FILE",
+    help="Go on from a stopped run's OUTPUT.partial, or from a matrix of fewer chunks.",
+)
+@click.option(
+    "--merge",
+    "parts",
+    type=FILE,
+    multiple=True,
+    metavar="FILE",
+    help="Instead of collecting, add up finished matrices of one model.",
+)
 @threads_option
 @json_option
 @examples(
     "localmix imatrix --corpus examples/tinymix/calibration.txt",
     "localmix imatrix mixtral-Q8_0.gguf --corpus a.txt --corpus b.txt --chunks 200 -o mixtral.imatrix.gguf",
+    "localmix imatrix mixtral-Q8_0.gguf --corpus a.txt --resume mixtral.imatrix.gguf.partial",
+    "localmix imatrix --merge english.gguf --merge chinese.gguf -o both.imatrix.gguf",
 )
 def command(
     model: str | None,
@@ -35,25 +51,52 @@ def command(
     output: Path | None,
     context: int,
     chunks: int | None,
+    output_weight: bool,
+    resume: Path | None,
+    parts: tuple[Path, ...],
     threads: int | None,
     json: bool,
 ) -> None:
     """Measure which weights matter, on a calibration text.
 
     MODEL is a GGUF file, the most precise one of the library by default. The result lies beside the model,
-    and `quantize` uses it by itself: all types below 3 bits need it, and most others gain.
+    and `quantize` uses it by itself: all types below 3 bits need it, and most others gain. What a long run has
+    so far is saved every minute as OUTPUT.partial.
     """
     from localmix import library
-    from localmix.imatrix import collect
+    from localmix.errors import Interrupted, UsageError
+    from localmix.imatrix import collect, partial_path
     from localmix.output import check_outputs
     from localmix.table import number
 
     console = Console(json)
+    if parts:
+        if corpora or output is None:
+            raise UsageError("--merge takes finished matrices and -o FILE, and no --corpus.")
+        _merge(console, parts, output)
+        return
+    if not corpora:
+        raise UsageError("No calibration text was named.", "Name one with --corpus FILE.")
     path = library.resolve(model, library.Purpose.PRECISE)
     output = library.make_room(output or library.imatrix_output_path(path))
     check_outputs([(output, 0)], [path, *corpora])  # minutes or hours before it is written
-    with console.progress() as progress:
-        result = collect(path, corpora, output, context, chunks, threads, progress)
+    try:
+        with console.progress() as progress:
+            result = collect(
+                path,
+                corpora,
+                output,
+                context,
+                chunks,
+                threads,
+                progress,
+                resume=resume,
+                output_weight=output_weight,
+            )
+    except KeyboardInterrupt:
+        if (kept := partial_path(output)).exists():
+            raise Interrupted("Stopped.", f"The same command with --resume {kept} goes on from there.") from None
+        raise
     library.remember(path)
 
     for note in result.notes:
@@ -67,7 +110,8 @@ def command(
         fields = {
             "file": str(result.path),
             "read": f"{result.tokens:,} tokens in {result.chunks} chunks of {', '.join(result.datasets)}",
-            "perplexity": f"{number(result.perplexity, 4)} ± {number(result.error, 4)}",
+            "perplexity": f"{number(result.perplexity, 4)} ± {number(result.error, 4)}"
+            + (" (of the chunks of this run)" if resume else ""),
             "weights": str(result.entries),
         }
         if result.coverage.least:
@@ -88,3 +132,28 @@ def command(
         },
         draw,
     )
+
+
+def _merge(console: Console, parts: tuple[Path, ...], output: Path) -> None:
+    from localmix.imatrix import merge
+    from localmix.output import check_outputs
+
+    check_outputs([(output, 0)], parts)
+    merged = merge(parts, output)
+    document = {
+        "path": output,
+        "chunks": merged.chunk_count,
+        "datasets": merged.datasets,
+        "entries": len(merged.entries),
+    }
+
+    def draw() -> None:
+        console.fields(
+            {
+                "file": str(output),
+                "read": f"{merged.chunk_count} chunks of {', '.join(merged.datasets)}",
+                "weights": str(len(merged.entries)),
+            }
+        )
+
+    console.result(document, draw)

@@ -76,11 +76,11 @@ class CommandTable(click.Group):
 @click.version_option(__version__, message="localmix %(version)s")
 @click.option("-v", "--verbose", is_flag=True, help="Show the traceback behind an error sentence.")
 def group(verbose: bool) -> None:
-    r"""The best quantized model this laptop can run, with the numbers that prove it.
+    """The best quantized model this laptop can run, with the numbers that prove it.
 
     \b
     localmix convert examples/tinymix        checkpoint -> GGUF
     localmix quantize Q4_K                   GGUF -> a quarter of the size
     localmix ppl --corpus heldout.txt        what it cost in quality
     localmix chat                            talk to it
-    """
+    """  # noqa: D301 (click takes the backspace for "do not wrap", so it must be one)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -10,6 +11,8 @@ import click
 from click.shell_completion import CompletionItem
 
 if TYPE_CHECKING:
+    from localmix.presets import Presets
+
     _Parameter = click.ParamType[str]
 else:
     _Parameter = click.ParamType  # not generic at run time before click 8.4
@@ -85,6 +88,9 @@ markdown_option = click.option("--markdown", is_flag=True, help="The table as Ma
 threads_option = click.option(
     "--threads", type=click.IntRange(min=1), help="Threads to use; the physical cores by default."
 )
+presets_option = click.option(
+    "--presets", "presets_file", type=FILE, metavar="FILE", help="Take types and sets from this file instead."
+)
 
 
 def examples(*lines: str) -> Callable[[Command], Command]:
@@ -99,15 +105,34 @@ def examples(*lines: str) -> Callable[[Command], Command]:
     return add
 
 
-def parse_types(spec: str) -> list[str]:
+_UNITS = {"B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+
+
+def parse_size(text: str) -> int:
+    """`20GiB`, `500MB` or `2799104B` in bytes; a bare K, M or G is decimal, as in llama.cpp's tools.
+
+    Raises:
+        UsageError: it is no size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?)?B?", text.strip(), re.IGNORECASE)
+    size = int(float(match[1]) * _UNITS[(match[2] or "B").upper()]) if match else 0
+    if not size:
+        from localmix.errors import UsageError
+
+        raise UsageError(f"{text!r} is no size.", "Write a number with B, MB, MiB, GB or GiB, such as 20GiB.")
+    return size
+
+
+def parse_types(spec: str, presets: Presets | None = None) -> list[str]:
     """`Q4_K,Q8_0` or `chinese-mixtral` as the presets' names, each once, in the order given.
 
     Raises:
         UsageError: a type or set is unknown.
     """
-    from localmix.presets import load_presets
+    if presets is None:
+        from localmix.presets import load_presets
 
-    presets = load_presets()
+        presets = load_presets()
     names: dict[str, None] = {}
     for word in filter(None, (word.strip() for word in spec.split(","))):
         found = presets.sets[word] if word in presets.sets else (presets.canonical(word),)

@@ -24,9 +24,7 @@ from localmix.cli.parameters import (
     "--ctx",
     "context",
     type=click.IntRange(min=1),
-    default=4096,
-    show_default=True,
-    help="Positions of context for the memory need.",
+    help="Positions of context for the memory need; 4096, less if the model was trained for less.",
 )
 @click.option("--ram", metavar="SIZE", help="Check against a machine sold with so much memory; this one by default.")
 @click.option("--imatrix", is_flag=True, help="Plan with an importance matrix: it changes some mixtures.")
@@ -40,7 +38,7 @@ from localmix.cli.parameters import (
 def command(
     words: tuple[str, ...],
     set_name: str | None,
-    context: int,
+    context: int | None,
     ram: str | None,
     imatrix: bool,
     markdown: bool,
@@ -59,10 +57,11 @@ def command(
 
     console = Console(json)
     model, names = _sort_out(words, set_name)
-    path = library.resolve(model, library.Purpose.SOURCE)
     room = memory.machine(memory.parse_gigabytes(ram)) if ram else memory.available()
+    path = library.resolve(model, library.Purpose.SOURCE)
     floor = memory.machine(memory.FLOOR_GB)
     with open_source(path) as source:
+        context = context or min(memory.DEFAULT_CONTEXT, memory.trained_context(source))
         planner = Planner(source)
         plans = [planner.plan(load_presets().find(name), has_imatrix=imatrix) for name in names]
         needs = [memory.need(source, plan.file_bytes, context) for plan in plans]

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from localmix.cli.console import Console
-from localmix.cli.parameters import FILE, MODEL, TYPES, examples, json_option, parse_types, threads_option
+from localmix.cli.parameters import (
+    FILE,
+    MODEL,
+    TYPES,
+    examples,
+    json_option,
+    parse_size,
+    parse_types,
+    presets_option,
+    threads_option,
+)
+
+if TYPE_CHECKING:
+    from localmix.presets import Preset, Presets
 
 
 @click.command()
-@click.argument("types", metavar="TYPE[,TYPE…]", type=TYPES)
+@click.argument("types", metavar="TYPE[,TYPE…]", type=TYPES, required=False)
 @click.argument("model", metavar="[SRC]", type=MODEL, required=False)
 @click.option(
     "-o",
@@ -34,7 +48,22 @@ from localmix.cli.parameters import FILE, MODEL, TYPES, examples, json_option, p
     metavar="PATTERN=TYPE",
     help="The type of tensors whose name matches the regular expression; the first match decides.",
 )
+@click.option("--output-type", metavar="TYPE", help="The type of output.weight.")
+@click.option("--embedding-type", metavar="TYPE", help="The type of token_embd.weight.")
+@click.option("--pure", is_flag=True, help="Give every tensor the base type, without llama.cpp's mixture.")
+@click.option("--split-max-size", metavar="SIZE", help="Write files of at most this size, such as 20GiB.")
+@click.option(
+    "--override-kv", "overrides", multiple=True, metavar="KEY=TYPE:VALUE", help="Set a metadata entry of the output."
+)
+@click.option("--allow-requantize", is_flag=True, help="Take a source that is already quantized; loses twice.")
+@click.option(
+    "--upstream-imatrix",
+    is_flag=True,
+    help="Weigh experts that no calibration token reached as llama.cpp does, instead of by the others' mean.",
+)
 @click.option("--dry-run", is_flag=True, help="Check and show what would be written.")
+@click.option("--list", "show_list", is_flag=True, help="Show all types with what they cost on Mixtral-8x7B.")
+@presets_option
 @threads_option
 @json_option
 @examples(
@@ -42,30 +71,48 @@ from localmix.cli.parameters import FILE, MODEL, TYPES, examples, json_option, p
     "localmix quantize Q8_0,Q4_K,IQ2_XS ~/models/Mixtral-8x7B-v0.1",
     "localmix quantize chinese-mixtral tinymix",
     "localmix quantize Q4_K tinymix --tensor-type attn_v=Q8_0 -o tinymix-custom.gguf",
+    "localmix quantize Q8_0 ~/models/Mixtral-8x7B-v0.1 --split-max-size 20GiB -o /mnt/usb",
+    "localmix quantize --list",
 )
 def command(
-    types: str,
+    types: str | None,
     model: str | None,
     output: Path | None,
     imatrix: Path | None,
     no_imatrix: bool,
     rules: tuple[str, ...],
+    output_type: str | None,
+    embedding_type: str | None,
+    pure: bool,
+    split_max_size: str | None,
+    overrides: tuple[str, ...],
+    allow_requantize: bool,
+    upstream_imatrix: bool,
     dry_run: bool,
+    show_list: bool,
+    presets_file: Path | None,
     threads: int | None,
     json: bool,
 ) -> None:
     """Make smaller models: one type, several, or a whole set of types from one read.
 
     SRC is a checkpoint folder or a GGUF file in BF16, F16 or F32. Q3_K, Q4_K and Q5_K mean the _M mixture.
+    A run that was killed goes on where it was when the same command is given again.
     """
     from localmix import library
     from localmix.errors import UsageError
     from localmix.presets import load_presets
-    from localmix.quantize import parse_rule, quantize
+    from localmix.quantize import parse_override, parse_rule, quantize
     from localmix.table import Column, Table, number, size, size_unit
 
     console = Console(json)
-    names = parse_types(types)
+    known = load_presets(presets_file)
+    if show_list:
+        _show_list(console, known)
+        return
+    if types is None:
+        raise UsageError("No type was named.", "`localmix quantize --list` shows them all.")
+    names = parse_types(types, known)
     if imatrix is not None and no_imatrix:
         raise UsageError("--imatrix and --no-imatrix contradict each other.")
     path = library.resolve(model, library.Purpose.SOURCE)
@@ -74,7 +121,9 @@ def command(
             f"{len(names)} types make {len(names)} files, and {output} is not a folder.",
             f"Make it with `mkdir -p {output}`.",
         )
-    presets = [load_presets().find(name) for name in names]
+    if split_max_size is not None and output is None:
+        raise UsageError("The model library holds whole files.", "Name a file or a folder for the parts with -o.")
+    presets = [_changed(known.find(name), output_type, embedding_type, pure) for name in names]
     outputs = [(preset, _output(path, output, preset.name)) for preset in presets]
     if not dry_run:
         library.make_room(outputs[0][1])
@@ -88,6 +137,10 @@ def command(
             outputs,
             imatrix=imatrix,
             rules=[parse_rule(rule) for rule in rules],
+            overrides=[parse_override(override) for override in overrides],
+            split_bytes=parse_size(split_max_size) if split_max_size is not None else None,
+            allow_requantize=allow_requantize,
+            upstream_imatrix=upstream_imatrix,
             threads=threads,
             dry_run=dry_run,
             progress=progress,
@@ -131,3 +184,46 @@ def _output(source: Path, output: Path | None, kind: str) -> Path:
     if output is None:
         return library.output_path(source, kind)
     return output / f"{library.model_name(source)}-{kind}.gguf" if output.is_dir() else output
+
+
+def _changed(preset: Preset, output_type: str | None, embedding_type: str | None, pure: bool) -> Preset:
+    from dataclasses import replace
+
+    from localmix.presets import tensor_type
+
+    return replace(
+        preset,
+        output=tensor_type(output_type) if output_type else preset.output,
+        embedding=tensor_type(embedding_type) if embedding_type else preset.embedding,
+        pure=pure or preset.pure,
+    )
+
+
+def _show_list(console: Console, presets: Presets) -> None:
+    from localmix.catalog import catalog
+    from localmix.table import Column, Table, number
+
+    entries = catalog(presets)
+
+    def draw() -> None:
+        columns = (
+            Column("Type", number=False),
+            Column("BPW"),
+            Column("GiB"),
+            Column("imatrix", number=False),
+            Column("Advice", number=False),
+        )
+        rows = tuple(
+            (
+                entry.type,
+                number(entry.bpw, 2),
+                number(entry.bytes / 2**30 if entry.bytes is not None else None, 1),
+                entry.imatrix,
+                entry.advice,
+            )
+            for entry in entries
+        )
+        short = ", ".join(f"{alias} = {name}" for alias, name in presets.aliases.items())
+        console.table(Table(columns, rows, f"Sizes are Mixtral-8x7B's. {short}. Sets: {', '.join(presets.sets)}."))
+
+    console.result({"types": entries, "aliases": presets.aliases, "sets": presets.sets}, draw)

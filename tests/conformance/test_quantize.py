@@ -14,7 +14,7 @@ from localmix.importance import Entry, Importance, write_importance
 from localmix.presets import Preset, load_presets
 from localmix.quantize import quantize
 from localmix.sources.open import open_source
-from tests.models import write_model
+from tests.random_model import write_random_model
 
 pytestmark = pytest.mark.upstream
 
@@ -36,8 +36,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A Mixtral shape in BF16, and a dense F16 model whose feed-forward columns fit no block of 256."""
     folder = tmp_path_factory.mktemp("models")
     return {
-        "mixtral": write_model(folder / "mixtral.gguf", layers=1, feed_forward=256),
-        "dense": write_model(
+        "mixtral": write_random_model(folder / "mixtral.gguf", layers=1, kind=gguf.GGMLQuantizationType.BF16),
+        "dense": write_random_model(
             folder / "dense.gguf", experts=0, feed_forward=352, kind=gguf.GGMLQuantizationType.F16, layers=4
         ),
     }

@@ -15,7 +15,7 @@ import pytest
 
 from localmix.presets import load_presets
 from localmix.quantize import quantize
-from tests.models import write_model
+from tests.random_model import write_random_model
 
 RUN = textwrap.dedent("""
     import sys
@@ -53,7 +53,7 @@ def start(model: Path, folder: Path) -> subprocess.Popen[str]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("kill") / "model.gguf", layers=4)
+    return write_random_model(tmp_path_factory.mktemp("kill") / "model.gguf", layers=8)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_twenty_kills_and_the_same_bytes(model: Path, expected: dict[str, str], 
         run = start(model, tmp_path)
         assert run.stdout is not None
         started_with.append(int(run.stdout.readline()))
-        time.sleep(moments.uniform(0, 0.15))
+        time.sleep(moments.uniform(0, 0.3))
         run.send_signal(signal.SIGKILL)
         rest = run.stdout.read()
         run.stdout.close()
@@ -100,7 +100,7 @@ def test_another_source_does_not_go_on_from_what_was_left(model: Path, tmp_path:
     run.kill()
     run.stdout.close()
     run.wait()
-    other = write_model(tmp_path / "other.gguf", layers=4, seed=5)
+    other = write_random_model(tmp_path / "other.gguf", layers=8, seed=5)
     done = start(other, tmp_path).communicate(timeout=120)
     assert "finished" in done[0]
     quiet = tmp_path / "quiet"

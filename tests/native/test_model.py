@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from localmix.errors import CapacityError, FileError, InputError, Interrupted
+from localmix.native.library import log
 from localmix.native.model import CachedText, Context, Model, Sampler, Sampling
 from localmix.tensor_types import TensorType
 from localmix.worker import run
@@ -173,6 +175,26 @@ def test_a_closed_model_is_said_not_crashed(random_model: Path) -> None:
     model.close()
     with pytest.raises(RuntimeError, match="closed"):
         _ = model.layers
+
+
+@pytest.mark.parametrize("options", [{"gpu_layers": 0}, {"mmap": False}, {"repack": False}])
+def test_load_options_do_not_change_the_logits(random_model: Path, model: Model, options: dict[str, Any]) -> None:
+    results = []
+    with Model(random_model, **options) as other:
+        for loaded in (model, other):
+            with Context(loaded, context_length=256, threads=1) as context:
+                context.decode(np.arange(20, 60), np.arange(40), 0, np.arange(40) == 39)
+                results.append(context.logits().copy())
+    assert np.array_equal(*results)
+
+
+def test_a_vocabulary_alone_tokenizes_and_a_simulation_measures(random_model: Path, model: Model) -> None:
+    with Model(random_model, vocabulary_only=True) as vocabulary:
+        assert np.array_equal(vocabulary.tokenize("the ab"), model.tokenize("the ab"))
+    with Model(random_model, simulate=True) as simulated, log.capture() as lines:
+        Context(simulated, context_length=1024).close()
+    # 2 layers, 1024 cells, K and V of 2 heads of 64 in two bytes
+    assert any(line.startswith("llama_kv_cache: size =    1.00 MiB") for line in lines)
 
 
 def test_progress_errors_and_cancel_while_loading(random_model: Path) -> None:

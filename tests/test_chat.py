@@ -1,0 +1,166 @@
+"""The chat engine: streaming, cache between turns, stopping, death and restart."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from localmix import chat
+from localmix.chat import Conversation, Engine, EngineSettings, Loaded, Piece, Reply
+from localmix.errors import CapacityError, InputError, UsageError
+from localmix.native.model import Sampling
+from tests.checkpoints import Shape, write_checkpoint
+
+GREEDY = Sampling(temperature=0, repeat_penalty=1)
+
+
+def make(folder: Path, template: str | None = None) -> Path:
+    from localmix.convert import convert
+
+    config = {} if template is None else {"chat_template": template}
+    shape = Shape(hidden=256, feed_forward=256, layers=2, tokenizer_config=config, config={"eos_token_id": 2})
+    convert(write_checkpoint(folder / "model", shape), folder / "model.gguf")
+    return folder / "model.gguf"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights: it babbles until it is stopped."""
+    return make(tmp_path_factory.mktemp("chat"))
+
+
+@pytest.fixture
+def engine(model: Path) -> Iterator[Engine]:
+    with Engine(model, EngineSettings(context=512, threads=1)) as engine:
+        yield engine
+
+
+def ask(conversation: Conversation, text: str) -> Reply:
+    *_, reply = conversation.ask(text)
+    assert isinstance(reply, Reply)
+    return reply
+
+
+def test_a_reply_is_streamed_and_complete(engine: Engine) -> None:
+    conversation = Conversation(engine, sampling=GREEDY, limit=20)
+    events = list(conversation.ask("Hello"))
+    loaded = next(event for event in events if isinstance(event, Loaded))
+    reply = events[-1]
+    assert isinstance(reply, Reply)
+    assert loaded.context == 512 and loaded.has_template
+    assert "".join(event.text for event in events if isinstance(event, Piece)) == reply.text
+    assert reply.completion_tokens == 20 and reply.finish_reason == "length"
+    assert "\ufffd" not in reply.text or reply.text.count("\ufffd") < 20
+    assert conversation.turns[-1] == {"role": "assistant", "content": reply.text}
+    assert reply.tg_tps is not None and reply.tg_tps > 1
+
+
+def test_the_next_turn_reads_only_what_is_new(engine: Engine) -> None:
+    conversation = Conversation(engine, sampling=GREEDY, limit=8)
+    first = ask(conversation, "Hello, how are you today?")
+    second = ask(conversation, "And?")
+    assert first.cached_tokens == 0
+    assert second.cached_tokens >= first.prompt_tokens - 1
+    conversation.clear()
+    again = ask(conversation, "Hello, how are you today?")
+    assert again.text == first.text
+    assert again.cached_tokens == first.prompt_tokens - 1
+
+
+def test_stop_keeps_what_was_said(engine: Engine) -> None:
+    conversation = Conversation(engine, sampling=GREEDY)
+    list(engine.load())
+    timer: threading.Timer | None = None
+    reply: Reply | None = None
+    for event in conversation.ask("Talk"):
+        if isinstance(event, Piece) and timer is None:
+            stopped = time.monotonic()
+            timer = threading.Timer(0, engine.stop)
+            timer.start()
+        if isinstance(event, Reply):
+            reply = event
+    assert reply is not None and reply.finish_reason == "stopped"
+    assert time.monotonic() - stopped < 2
+    assert conversation.turns[-1]["content"] == reply.text != ""
+    assert ask(Conversation(engine, sampling=GREEDY, limit=3), "Again").completion_tokens == 3
+
+
+def test_a_reply_left_in_the_middle_does_not_leak_into_the_next(engine: Engine) -> None:
+    conversation = Conversation(engine, sampling=GREEDY, limit=30)
+    for event in conversation.ask("Talk"):
+        if isinstance(event, Piece):
+            break
+    assert conversation.turns == []
+    whole = ask(Conversation(engine, sampling=GREEDY, limit=5), "Hello")
+    assert whole.completion_tokens == 5
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_a_killed_engine_ends_the_turn_and_not_the_conversation(engine: Engine) -> None:
+    conversation = Conversation(engine, sampling=GREEDY, limit=5)
+    ask(conversation, "One")
+    turns = list(conversation.turns)
+    assert engine.pid is not None
+    os.kill(engine.pid, signal.SIGKILL)
+    with pytest.raises(CapacityError, match="killed"):
+        ask(conversation, "Two")
+    assert conversation.turns == turns
+    assert ask(conversation, "Two").completion_tokens == 5
+    assert len(conversation.turns) == 4
+
+
+def test_a_full_context_is_a_sentence(engine: Engine) -> None:
+    conversation = Conversation(engine, sampling=GREEDY, limit=4)
+    with pytest.raises(CapacityError, match="the context holds 512"):
+        ask(conversation, "word " * 2000)
+    assert conversation.turns == []
+    assert ask(conversation, "short").completion_tokens == 4
+
+
+def test_generation_ends_with_the_context(engine: Engine) -> None:
+    reply = ask(Conversation(engine, sampling=GREEDY), "word " * 80)
+    assert reply.finish_reason == "length"
+    assert reply.prompt_tokens + reply.completion_tokens in (512, 513)
+
+
+def test_a_template_that_never_ends_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat, "TEMPLATE_SECONDS", 0.5)
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    with (
+        Engine(make(tmp_path, endless), EngineSettings(context=64, threads=1)) as engine,
+        pytest.raises(InputError, match="takes longer than"),
+    ):
+        ask(Conversation(engine), "Hello")
+
+
+def test_without_a_template_the_text_is_continued(tmp_path: Path) -> None:
+    path = make(tmp_path)
+    data = path.read_bytes().replace(b"tokenizer.chat_template", b"tokenizer.chat_tXmplate")
+    path.write_bytes(data)
+    with Engine(path, EngineSettings(context=64, threads=1)) as engine:
+        (loaded,) = [event for event in engine.load() if isinstance(event, Loaded)]
+        assert not loaded.has_template
+        assert ask(Conversation(engine, limit=3), "Once upon a time").completion_tokens <= 3
+
+
+def test_a_device_that_is_not_there(model: Path) -> None:
+    with (
+        Engine(model, EngineSettings(device="metal")) as engine,
+        pytest.raises(UsageError, match="BACKEND=metal"),
+    ):
+        list(engine.load())
+
+
+def test_the_same_seed_gives_the_same_reply(engine: Engine) -> None:
+    def reply(seed: int) -> str:
+        sampling = Sampling(temperature=2, top_k=0, top_p=1, seed=seed)
+        return ask(Conversation(engine, sampling=sampling, limit=12), "Hello").text
+
+    assert reply(1) == reply(1)
+    assert reply(1) != reply(2)

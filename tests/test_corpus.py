@@ -1,0 +1,83 @@
+"""Reading texts and cutting them into chunks."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from localmix.corpus import read_corpus, split
+from localmix.errors import FileError, InputError, UsageError
+
+
+def test_bytes_stay_as_they_are_but_for_one_last_newline(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_bytes("one\r\ntwo 中\n\n".encode())
+    corpus = read_corpus([path])
+    assert corpus.text == "one\r\ntwo 中\n".encode()
+    assert corpus.name == "text.txt"
+    assert corpus.files[0].bytes == path.stat().st_size
+    assert corpus.files[0].sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert corpus.notes == ("text.txt has CRLF line ends, which are tokenized as they are.",)
+
+
+def test_files_are_joined_by_a_newline(tmp_path: Path) -> None:
+    paths = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    paths[0].write_bytes(b"first\n")
+    paths[1].write_bytes(b"\xef\xbb\xbfsecond")
+    corpus = read_corpus(paths)
+    assert corpus.text == b"first\n\xef\xbb\xbfsecond"
+    assert corpus.name == "a.txt+b.txt"
+    assert "byte order mark" in corpus.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", "is empty"),
+        (b" \n\t\n", "is empty"),
+        (b"good\nbad \xff\xe4 byte", "not UTF-8: byte 0xff at offset 9, line 2"),
+        (b"cut \xe4\xb8", "not UTF-8: byte 0xe4 at offset 4, line 1"),
+        ("text".encode("utf-16"), "is UTF-16"),
+        (b"\x1f\x8b\x08", "is gzip"),
+    ],
+)
+def test_what_is_no_text_is_refused(tmp_path: Path, data: bytes, words: str) -> None:
+    path = tmp_path / "bad.txt"
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=words):
+        read_corpus([path])
+
+
+def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match=r"none\.txt cannot be read"):
+        read_corpus([tmp_path / "none.txt"])
+    with pytest.raises(FileError, match="cannot be read"):
+        read_corpus([tmp_path])
+    with pytest.raises(UsageError):
+        read_corpus([])
+
+
+def test_chunks_do_not_overlap_and_start_with_bos() -> None:
+    tokens = np.arange(100, 141, dtype=np.int32)
+    chunks = split(tokens, 8, name="x", bos=1)
+    assert chunks.shape == (5, 8)
+    assert chunks[:, 0].tolist() == [1] * 5
+    assert chunks[2].tolist() == [1, *range(117, 124)]
+    assert tokens[0] == 100
+    assert split(tokens, 8, name="x", limit=2)[:, 0].tolist() == [100, 108]
+
+
+def test_too_short_says_what_is_needed_and_found() -> None:
+    tokens = np.zeros(812, np.int32)
+    with pytest.raises(InputError) as caught:
+        split(tokens, 512, name="news.txt")
+    assert caught.value.message == "news.txt is too short: a context of 512 needs 1024 tokens, and it has 812."
+    assert "a context of 256" in caught.value.hint
+    assert len(split(tokens, 256, name="news.txt")) == 3
+    with pytest.raises(UsageError, match="7 tokens"):
+        split(tokens, 7, name="x")
+    with pytest.raises(UsageError, match="0 chunks"):
+        split(tokens, 8, name="x", limit=0)

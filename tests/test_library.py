@@ -1,0 +1,226 @@
+"""What a name means, which file is meant, and what `rm` may delete."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from localmix import library
+from localmix.errors import FileError, InputError, LocalmixError, UsageError
+from localmix.library import Purpose, resolve
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LOCALMIX_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "home"
+
+
+def put(home: Path, model: str, kind: str, size: int = 1000) -> Path:
+    path = home / model / f"{model}-{kind}.gguf"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(bytes(size))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("tinymix-Q4_K_M.gguf", ("tinymix", "Q4_K_M")),
+        ("Mixtral-8x7B-v0.1.IQ2_XXS.gguf", ("Mixtral-8x7B-v0.1", "IQ2_XXS")),
+        ("model-bf16.gguf", ("model", "BF16")),
+        ("model-IQ3_XXS-2024-01.gguf", ("model", "IQ3_XXS-2024-01")),
+        ("model-MXFP4_MOE.gguf", ("model", "MXFP4_MOE")),
+        ("model.gguf", ("model", "")),
+        ("Q4_K_M.gguf", ("Q4_K_M", "")),
+        ("folder", ("folder", "")),
+    ],
+)
+def test_a_file_name_tells_model_and_type(home: Path, name: str, expected: tuple[str, str]) -> None:
+    assert library.split_name(Path(name)) == expected
+
+
+def test_in_the_library_the_folder_is_the_model(home: Path) -> None:
+    path = put(home, "my-Q8_0-mix", "special")
+    assert library.split_name(path) == ("my-Q8_0-mix", "special")
+    assert resolve("my-Q8_0-mix:SPECIAL", Purpose.RUN) == path
+
+
+def test_an_empty_library_says_how_to_begin(home: Path) -> None:
+    for purpose in Purpose:
+        with pytest.raises(UsageError, match="localmix convert"):
+            resolve(None, purpose)
+    assert library.models() == []
+
+
+def test_each_purpose_takes_its_file(home: Path) -> None:
+    full, large, small = put(home, "m", "BF16", 900), put(home, "m", "Q8_0", 500), put(home, "m", "Q2_K", 100)
+    assert resolve("m", Purpose.SOURCE) == full
+    assert resolve("m", Purpose.PRECISE) == full
+    assert resolve("m", Purpose.MEASURE) == full
+    assert resolve("m", Purpose.RUN) == large
+    assert resolve("m", Purpose.RUN, fits=lambda file: file.bytes < 200) == small
+    assert resolve("m", Purpose.RUN, fits=lambda file: False) == small
+    full.unlink()
+    assert resolve("m", Purpose.PRECISE) == large
+    with pytest.raises(InputError, match="full precision"):
+        resolve("m", Purpose.SOURCE)
+
+
+def test_the_checkpoint_stands_in_for_a_source_that_was_deleted(home: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "m"
+    checkpoint.mkdir()
+    full = put(home, "m", "BF16")
+    put(home, "m", "Q8_0")
+    library.remember(full, checkpoint=checkpoint)
+    full.unlink()
+    assert resolve(None, Purpose.SOURCE) == checkpoint
+    assert resolve("m", Purpose.CHECKPOINT) == checkpoint
+    checkpoint.rmdir()
+    with pytest.raises(InputError, match="checkpoint"):
+        resolve(None, Purpose.SOURCE)
+
+
+def test_what_was_used_last(home: Path) -> None:
+    full, large, small = put(home, "m", "BF16", 900), put(home, "m", "Q8_0", 500), put(home, "m", "Q2_K", 100)
+    put(home, "other", "Q4_0")
+    with pytest.raises(UsageError, match="none was used before"):
+        resolve(None, Purpose.RUN)
+    library.remember(small)
+    assert resolve(None, Purpose.RUN) == resolve(None, Purpose.MEASURE) == small
+    assert resolve(None, Purpose.SOURCE) == resolve(None, Purpose.PRECISE) == full
+    library.remember(full)
+    assert resolve(None, Purpose.MEASURE) == full
+    assert resolve(None, Purpose.RUN) == large
+    library.remember(full.parent)
+    assert resolve(None, Purpose.RUN) == large
+    library.remember(small)
+    small.unlink()
+    assert resolve(None, Purpose.RUN) == large
+
+
+def test_a_file_outside_is_remembered_too(home: Path, tmp_path: Path) -> None:
+    put(home, "m", "Q8_0")
+    path = tmp_path / "elsewhere-Q4_0.gguf"
+    path.write_bytes(b"x")
+    library.remember(path)
+    assert resolve(None, Purpose.RUN) == path
+    path.unlink()
+    assert resolve(None, Purpose.RUN).name == "m-Q8_0.gguf"
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"model": 3, "checkpoints": []}', "\x00\x01", '{"file": null}'])
+def test_a_broken_state_file_is_as_none(home: Path, content: str) -> None:
+    path = put(home, "m", "Q8_0")
+    (home / "state.json").write_text(content)
+    assert resolve(None, Purpose.RUN) == path
+    library.remember(path)
+    assert resolve(None, Purpose.RUN) == path
+
+
+def test_short_types_mean_the_m_mixture(home: Path) -> None:
+    path = put(home, "m", "Q4_K_M")
+    assert resolve("m:Q4_K", Purpose.RUN) == resolve("m:q4_k_m", Purpose.RUN) == path
+    with pytest.raises(UsageError, match=r"it has Q4_K_M.*localmix quantize Q9 m"):
+        resolve("m:Q9", Purpose.RUN)
+
+
+def test_a_bare_name_is_the_library_and_a_path_is_a_path(home: Path, tmp_path: Path) -> None:
+    inside = put(home, "m", "BF16")
+    (tmp_path / "m").mkdir()
+    assert resolve("m", Purpose.SOURCE) == inside
+    assert resolve("./m", Purpose.SOURCE) == Path("m")
+    assert resolve(tmp_path / "m", Purpose.SOURCE) == tmp_path / "m"
+    with pytest.raises(UsageError, match="localmix convert"):
+        resolve("./m", Purpose.RUN)
+
+
+def test_an_unknown_name_lists_what_there_is(home: Path) -> None:
+    put(home, "m", "Q8_0")
+    with pytest.raises(UsageError, match=r"m \(Q8_0\)"):
+        resolve("n", Purpose.RUN)
+    with pytest.raises(FileError, match="does not exist"):
+        resolve("no/such.gguf", Purpose.RUN)
+
+
+def test_names_made_from_paths_are_plain(home: Path) -> None:
+    assert library.model_name(Path("/x/Mixtral 8x7B (new)")) == "Mixtral-8x7B-new"
+    assert library.model_name(Path("/")) == "model"
+    assert library.model_name(Path("/x/..hidden-Q8_0.gguf")) == "hidden"
+    assert library.output_path(Path("/x/中文-BF16.gguf"), "Q8_0") == home / "中文" / "中文-Q8_0.gguf"
+
+
+def test_an_imatrix_is_found_in_the_library_or_beside_the_file(home: Path, tmp_path: Path) -> None:
+    source = tmp_path / "m-BF16.gguf"
+    assert library.find_imatrix(source) is None
+    beside = tmp_path / "m.imatrix.gguf"
+    beside.write_bytes(b"x")
+    assert library.find_imatrix(source) == beside
+    inside = put(home, "m", "Q8_0").parent / "m.imatrix.gguf"
+    inside.write_bytes(b"x")
+    assert library.find_imatrix(source) == inside
+    assert [file.type for file in library.models()[0].files] == ["Q8_0"]
+    assert library.models()[0].imatrix == inside
+
+
+def test_newer_than_its_inputs(home: Path) -> None:
+    source, output = put(home, "m", "BF16"), put(home, "m", "Q8_0")
+    now = time.time()
+    os.utime(source, (now, now))
+    os.utime(output, (now - 9, now - 9))
+    assert not library.is_newer(output, [source])
+    os.utime(output, (now + 9, now + 9))
+    assert library.is_newer(output, [source])
+    assert not library.is_newer(home / "nothing", [source])
+
+
+@pytest.mark.parametrize("name", ["..", ".", "../x", "/etc", "m/../..", "a/b", "", ":Q8_0", ".hidden", "nobody", "~"])
+def test_rm_takes_names_of_the_library_only(home: Path, name: str) -> None:
+    put(home, "m", "Q8_0")
+    with pytest.raises(UsageError):
+        library.plan_removal(name)
+
+
+def test_rm_does_not_follow_links_out_of_the_library(home: Path, tmp_path: Path) -> None:
+    put(tmp_path / "elsewhere", "m", "Q8_0")
+    home.mkdir()
+    (home / "m").symlink_to(tmp_path / "elsewhere" / "m")
+    with pytest.raises(UsageError, match="out of the library"):
+        library.plan_removal("m")
+
+    target = tmp_path / "precious.gguf"
+    target.write_bytes(b"x")
+    put(home, "n", "Q8_0")
+    (home / "n" / "n-Q4_0.gguf").symlink_to(target)
+    library.remove(library.plan_removal("n"))
+    assert target.exists()
+    assert not (home / "n").exists()
+
+
+def test_rm_of_a_model_takes_leftovers_and_leaves_what_is_not_ours(home: Path) -> None:
+    path = put(home, "m", "Q8_0")
+    for name in ("m.imatrix.gguf", ".m-Q4_0.gguf.partial", ".m-Q4_0.gguf.journal", "m-notes.txt", "other.gguf"):
+        (path.parent / name).write_bytes(b"x")
+    library.remove(library.plan_removal("m"))
+    assert sorted(entry.name for entry in path.parent.iterdir()) == ["m-notes.txt", "other.gguf"]
+
+
+def test_completion_gives_names_and_files(home: Path) -> None:
+    put(home, "m", "Q8_0")
+    put(home, "mixed", "Q4_0")
+    assert [name for name, _ in library.complete("m")] == ["m", "m:Q8_0", "mixed", "mixed:Q4_0"]
+    assert [name for name, _ in library.complete("m:")] == ["m:Q8_0"]
+
+
+def test_a_home_that_is_no_folder_is_a_file_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "home").write_text("a file")
+    monkeypatch.setenv("LOCALMIX_HOME", str(tmp_path / "home"))
+    with pytest.raises(FileError):
+        library.models()
+    with pytest.raises(LocalmixError):
+        library.make_room(tmp_path / "home" / "m" / "m-Q8_0.gguf")
+    library.remember(tmp_path / "x.gguf")  # a convenience: no error

@@ -1,0 +1,84 @@
+"""Perplexity against a direct computation, and what is refused."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from localmix.errors import FileError, InputError, UsageError
+from localmix.native.model import Context, Model
+from localmix.perplexity import BLOCK, measure, negative_log_likelihoods
+from tests.random_model import write_random_model
+from tests.texts import write_text
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("texts") / "text.txt", 6000)
+
+
+@pytest.mark.parametrize("vocabulary", [277, 5000, 2 * BLOCK])
+def test_likelihoods_are_those_of_a_float64_softmax(vocabulary: int) -> None:
+    generator = np.random.default_rng(3)
+    logits = (generator.standard_normal((40, vocabulary)) * 10).astype(np.float32)
+    logits[5] += 10_000  # a softmax does not see a shift
+    targets = generator.integers(0, vocabulary, 40).astype(np.int32)
+    exact = logits.astype(np.float64)
+    largest = exact.max(1)
+    expected = largest + np.log(np.exp(exact - largest[:, None]).sum(1)) - exact[np.arange(40), targets]
+    assert np.allclose(negative_log_likelihoods(logits, targets), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("ctx", "limit"), [(128, 5), (200, None), (512, None), (2048, None)])
+def test_it_is_the_mean_over_the_second_halves(random_model: Path, text: Path, ctx: int, limit: int | None) -> None:
+    """Chunk by chunk, each alone in a context: no sequences side by side, no micro-batches."""
+    steps: list[tuple[int, int, str]] = []
+    found = measure(random_model, text, ctx, limit, threads=1, progress=lambda *step: steps.append(step))
+    with (
+        Model(random_model) as model,
+        Context(model, context_length=ctx, batch=ctx, micro_batch=ctx, threads=1) as context,
+    ):
+        tokens = model.tokenize(text.read_bytes().removesuffix(b"\n"))
+        count = min(len(tokens) // ctx, limit or 10**6)
+        values = []
+        for chunk in tokens[: count * ctx].reshape(count, ctx):
+            context.clear()
+            context.decode(np.r_[1, chunk[1:]], np.arange(ctx), 0, True)
+            rows = context.logits()[ctx // 2 : -1]
+            values.append(negative_log_likelihoods(rows, chunk[ctx // 2 + 1 :]))
+    flat = np.concatenate(values)
+    assert (found.chunks, found.tokens, found.context) == (count, len(flat), ctx)
+    # other batches round otherwise, and a token between two experts may then take the other one
+    assert found.ppl == pytest.approx(math.exp(flat.mean()), rel=2e-3)
+    assert found.error == pytest.approx(flat.std() / math.sqrt(len(flat) - 1) * found.ppl, rel=5e-3)
+    assert np.allclose(found.chunk_nll, [chunk.mean() for chunk in values], rtol=5e-3)
+    assert (found.model, found.corpus) == ("random.gguf", "text.txt")
+    assert steps[0] == (0, count, "chunks") and steps[-1] == (count, count, "chunks")
+    assert found.speed is None and found.seconds > 0
+
+
+def test_speed_comes_with_it_and_a_long_context_is_noted(tmp_path: Path, text: Path) -> None:
+    path = write_random_model(tmp_path / "short.gguf", context=64)
+    found = measure(path, text, 128, 2, threads=1, speed=True)
+    assert found.speed is not None and found.speed.ms_per_token > 0
+    assert found.notes == ("short.gguf was trained with 64 tokens of context, and is measured with 128.",)
+
+
+def test_nan_names_the_chunk(tmp_path: Path, text: Path) -> None:
+    path = write_random_model(tmp_path / "broken.gguf", poison="output.weight")
+    with pytest.raises(InputError, match=r"Chunk 1 gives no finite probability at token 65"):
+        measure(path, text, 128, threads=1)
+
+
+def test_refusals(tmp_path: Path, random_model: Path, text: Path) -> None:
+    with pytest.raises(InputError, match=r"text\.txt is too short: a context of 4096 needs 8192 tokens"):
+        measure(random_model, text, 4096)
+    with pytest.raises(UsageError, match="4 tokens"):
+        measure(random_model, text, 4)
+    with pytest.raises(FileError, match=r"none\.gguf does not exist"):
+        measure(tmp_path / "none.gguf", text)
+    with pytest.raises(FileError, match=r"none\.txt"):
+        measure(random_model, tmp_path / "none.txt")

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
+from localmix.tensor_types import TensorType
+
 Array = npt.NDArray[np.float32]
 
 
@@ -72,3 +74,14 @@ def importances(columns: int, seed: int = 0) -> Iterator[tuple[str, Array | None
     }
     for name, values in cases.items():
         yield name, values.astype(np.float32)
+
+
+def ggml_takes(kind: TensorType, values: Array, importance: Array | None) -> bool:
+    """Whether ggml quantizes this, certainly: on a grid it aborts the process when all distances overflow."""
+    if not kind.name.startswith(("IQ1", "IQ2", "IQ3")):
+        return True
+    high = float(abs(values).max())
+    weight = max(high, 1e-30) ** 2
+    if importance is not None:
+        weight = max(weight, 2 * high * float(importance.max()))
+    return high < 1e17 and max(weight, 1) * high**2 < 1e36

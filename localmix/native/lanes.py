@@ -9,9 +9,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from localmix.native.library import ggml
 from localmix.tensor_types import TensorType
@@ -25,6 +29,18 @@ SWITCH = "LOCALMIX_KERNELS"
 _QUANTIZE = ctypes.CFUNCTYPE(
     ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p
 )
+
+# The I-quants that stand on a grid, and the number of theirs (GridName in grids.h).
+_GRIDS = {
+    TensorType.IQ2_XXS: 0,
+    TensorType.IQ2_XS: 1,
+    TensorType.IQ2_S: 2,
+    TensorType.IQ1_S: 3,
+    TensorType.IQ1_M: 3,
+    TensorType.IQ3_XXS: 4,
+    TensorType.IQ3_S: 5,
+}
+_grid_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -58,6 +74,7 @@ def _library() -> ctypes.CDLL | None:
         lanes.localmix_reference_calls.restype = ctypes.c_int64
         lanes.localmix_set_reference.argtypes = [ctypes.c_void_p]
         lanes.localmix_set_reference.restype = None
+        lanes.localmix_set_grid.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
     except (OSError, AttributeError):
         return None
     lanes.localmix_set_reference(ctypes.cast(ggml().ggml_quantize_chunk, ctypes.c_void_p))
@@ -88,6 +105,27 @@ def chosen() -> str:
     return found[-1] if found else "ggml"
 
 
+def _grid_points(kind: TensorType) -> npt.NDArray[np.uint16]:
+    """A type's grid as gguf-py decodes it, each point a word of levels, the first lowest."""
+    # For its tables only, which no other command needs.
+    from gguf import quants
+
+    quant = getattr(quants, kind.name)
+    quant.init_grid()
+    levels = np.searchsorted(quant.grid_map, quant.grid.reshape(quant.grid_shape))
+    # Eight levels of two bits, or four of three.
+    bits = {8: 2, 4: 3}[levels.shape[1]]
+    return np.asarray((levels << bits * np.arange(levels.shape[1])).sum(1), np.uint16)
+
+
+def _has_its_grid(lanes: ctypes.CDLL, kind: TensorType) -> bool:
+    if kind not in _GRIDS:
+        return True
+    with _grid_lock:
+        points = _grid_points(kind)
+        return bool(lanes.localmix_set_grid(_GRIDS[kind], points.ctypes.data, points.size))
+
+
 @functools.cache
 def kernel(kind: TensorType, weighted: bool, instruction_set: str) -> Any:
     """A function with the signature of ggml's `quantize_*` (ggml-quants.h), or None where ggml has to do it.
@@ -103,7 +141,7 @@ def kernel(kind: TensorType, weighted: bool, instruction_set: str) -> Any:
     while lanes.localmix_isa(index).decode() != instruction_set:
         index += 1
     address = lanes.localmix_kernel(index, int(kind), int(weighted))
-    return _QUANTIZE(address) if address else None
+    return _QUANTIZE(address) if address and _has_its_grid(lanes, kind) else None
 
 
 def reference_calls() -> int:

@@ -97,5 +97,5 @@ def test_without_the_library_ggml_does_it(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_type_without_a_kernel_is_ggmls() -> None:
     rows = weights()
-    assert lanes.kernel(TensorType.Q8_0, False, lanes.chosen()) is None
-    assert quantize_rows(TensorType.Q8_0, rows, None).shape == (40, 1024 // 32 * 34)
+    assert lanes.kernel(TensorType.MXFP4, False, lanes.chosen()) is None
+    assert quantize_rows(TensorType.MXFP4, rows, None).shape == (40, 1024 // 32 * 17)

@@ -119,6 +119,17 @@ LANES_INLINE vf square_root(vf a) {
 }
 #endif
 
+// Whole numbers, halves to even; only for |value| <= 4194303.
+LANES_INLINE vf round_even(vf value) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_roundscale_ps((__m512)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__AVX2__)
+    return (vf)_mm256_round_ps((__m256)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    return value + 12582912.f - 12582912.f;
+#endif
+}
+
 LANES_INLINE vi clamp(vi value, int low, int high) { return greater(lesser(value, splat(high)), splat(low)); }
 
 // nearest_int: round to nearest even by adding 1.5 * 2^23; outside of +-4194303 the same odd numbers as ggml's.

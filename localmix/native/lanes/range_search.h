@@ -24,8 +24,7 @@ struct Steps {
 template <bool EXACT>
 LANES_INLINE vf level_of(vf value, int nmax) {
     if constexpr (EXACT) return to_float(clamp(nearest_int(value), 0, nmax));
-    constexpr float magic = 12582912.f;
-    return greater(lesser(value + magic, splat(magic + nmax)), splat(magic)) - magic;
+    return round_even(greater(lesser(value, splat((float)nmax)), vf{}));
 }
 LANES_INLINE vi is_wild(vf scale, vf min, vf low, vf high) {
     const vf limit = splat(4194303.f);

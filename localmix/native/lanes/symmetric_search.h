@@ -22,8 +22,7 @@ LANES_INLINE vi symmetric_level(const Symmetric& found, vf x, int nmax) {
 // K groups of N values at once: their sums are independent, which hides the latency of the additions.
 template <int N, int K, bool EXACT>
 LANES_INLINE bool symmetric_search_as(const vf (*x)[N], const vf (*w)[N], int nmax, Symmetric* out) {
-    constexpr float magic = 12582912.f;
-    const vf low = splat(magic - nmax), high = splat(magic + (nmax - 1));
+    const vf low = splat((float)-nmax), high = splat(nmax - 1.f);
     vf max[K], best[K], wx[K][N];
     vi odd = {};
     for (int k = 0; k < K; k++) {
@@ -53,7 +52,7 @@ LANES_INLINE bool symmetric_search_as(const vf (*x)[N], const vf (*w)[N], int nm
             for (int k = 0; k < K; k++) {
                 const vf moved = iscale[k] * x[k][i];
                 const vf l = EXACT ? to_float(clamp(nearest_int(moved), -nmax, nmax - 1))
-                                   : greater(lesser(moved + magic, high), low) - magic;
+                                   : round_even(greater(lesser(moved, high), low));
                 sum_lx[k] += wx[k][i] * l;
                 sum_l2[k] += w[k][i] * l * l;
             }

@@ -55,7 +55,7 @@ LANES_INLINE void requantize(const vf* x, vf scale, vf min, const Range& range, 
 template <int NMAX>
 LANES_INLINE void encode_32(const Rows& rows, const Rows& importance, const Steps& steps, int most, vi* words,
                             vi* levels) {
-    constexpr int K = 2;
+    constexpr int K = 4;
     vf x[8][32], scales[8], minima[8], sums[8];
     Range ranges[8];
     gather<256>(rows, x[0]);

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import platform
 import threading
 
 import numpy as np
@@ -23,6 +24,9 @@ def weights(count: int = 40, columns: int = 1024) -> np.ndarray:
     return np.random.default_rng(7).standard_normal((count, columns)).astype(np.float32)
 
 
+@pytest.mark.skipif(
+    platform.machine().lower() not in ("x86_64", "amd64"), reason="ggml's loops are fused on this processor"
+)
 @pytest.mark.parametrize(("kind", "weighted", "name"), KERNELS, ids=lambda value: getattr(value, "name", str(value)))
 def test_lanes_write_ggmls_bytes(kind: TensorType, weighted: bool, name: str) -> None:
     rows = weights()
@@ -43,7 +47,7 @@ def test_ordinary_weights_never_go_back_to_ggml() -> None:
 @built
 def test_threads_quantize_at_once() -> None:
     rows = weights()
-    wanted = quantize_rows(TensorType.Q4_K, rows, None, "ggml")
+    wanted = quantize_rows(TensorType.Q4_K, rows, None)
     found: list[np.ndarray] = []
     threads = [
         threading.Thread(target=lambda: found.append(quantize_rows(TensorType.Q4_K, rows, None))) for _ in range(8)
@@ -87,9 +91,8 @@ def test_without_the_library_ggml_does_it(monkeypatch: pytest.MonkeyPatch) -> No
         assert "no C++ compiler" in lanes.kernels().description
         assert lanes.reference_calls() == 0
         rows = weights()
-        assert np.array_equal(
-            quantize_rows(TensorType.Q6_K, rows, None), quantize_rows(TensorType.Q6_K, rows, None, "ggml")
-        )
+        wanted = quantize_rows(TensorType.Q6_K, rows, None, "ggml")
+        assert np.array_equal(quantize_rows(TensorType.Q6_K, rows, None), wanted)
     finally:
         lanes.instruction_sets.cache_clear()
         lanes.kernel.cache_clear()

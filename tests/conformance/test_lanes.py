@@ -111,6 +111,8 @@ def test_any_number_of_blocks(kind: TensorType, name: str) -> None:
 
 @pytest.mark.parametrize(("kind", "name"), ALL, ids=lambda value: getattr(value, "name", value))
 def test_the_bytes_are_those_of_ggml_on_x86(kind: TensorType, name: str) -> None:
+    if kind in (TensorType.IQ1_S, TensorType.IQ1_M) and platform.libc_ver()[0] != "glibc":
+        pytest.skip("recorded with glibc, whose qsort decides the order of equal weights")
     recorded = json.loads(FIXTURE.read_text(encoding="utf-8"))[kind.name]
     for weighted in (False, True):
         if kernel(kind, weighted, name) and recorded[weighted] is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import threading
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,6 @@ from localmix.errors import InputError
 from localmix.native import lanes
 from localmix.native.library import ggml
 from localmix.tensor_types import BLOCKS, TensorType, row_bytes
-
-_prepare_lock = threading.Lock()
 
 
 @functools.cache
@@ -81,18 +78,6 @@ def requires_importance(kind: TensorType) -> bool:
     return bool(question(int(kind)))
 
 
-@functools.cache
-def _prepared(kind: TensorType) -> bool:
-    ggml().ggml_quantize_init(int(kind))
-    return True
-
-
-def prepare(kind: TensorType) -> None:
-    """Build the tables of an I-quant before threads race for them."""
-    with _prepare_lock:
-        _prepared(kind)
-
-
 def quantize_rows(
     kind: TensorType,
     rows: npt.NDArray[np.float32],
@@ -116,11 +101,11 @@ def quantize_rows(
     count, columns = rows.shape
     if importance is None and requires_importance(kind):
         raise ValueError(f"{kind.name} cannot be quantized without an importance row")
-    prepare(kind)
     encoded = np.empty((count, row_bytes(kind, columns)), np.uint8)
     weights = None if importance is None else importance.ctypes.data
     if quick := lanes.kernel(kind, weights is not None, kernels or lanes.chosen()):
         quick(rows.ctypes.data, encoded.ctypes.data, count, columns, weights)
     else:
+        # The first call for an I-quant builds ggml's tables, under a lock: up to 17 s, which the lanes do without.
         _chunk_kernel()(int(kind), rows.ctypes.data, encoded.ctypes.data, 0, count, columns, weights)
     return encoded

@@ -33,13 +33,20 @@ LANES_INLINE vi load_points(const uint16_t* from) {
 LANES_INLINE float least(vf value) {
 #if defined(__AVX512F__)
     return _mm512_reduce_min_ps((__m512)value);
+#elif defined(__SSE2__)
+#if defined(__AVX2__)
+    __m128 four = _mm_min_ps(_mm256_castps256_ps128((__m256)value), _mm256_extractf128_ps((__m256)value, 1));
 #else
-    float found[W];
-    store(found, value);
-    for (int half = W / 2; half > 0; half /= 2)
-        for (int lane = 0; lane < half; lane++)
-            found[lane] = found[lane + half] < found[lane] ? found[lane + half] : found[lane];
-    return found[0];
+    __m128 four = (__m128)value;
+#endif
+    four = _mm_min_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_min_ss(four, _mm_shuffle_ps(four, four, 1)));
+#elif defined(__aarch64__)
+    return vminvq_f32((float32x4_t)value);
+#else
+    float found = value[0];
+    for (int lane = 1; lane < W; lane++) found = value[lane] < found ? value[lane] : found;
+    return found;
 #endif
 }
 // The first lane that holds `value`; W where none does.
@@ -57,16 +64,16 @@ LANES_INLINE int first_equal(vf values, float value) {
 #endif
 }
 
-// The values that the levels stand for, by level: 1, 3, 5... for most types.
+// The values that the levels stand for: 1, 3, 5... for most types. All of them are exact.
 template <int BITS>
 struct Levels {
+    float first, step;
     vf low, high;  // by the lowest level of a lane's number, and by the one above (for pairs)
-    const float* values;
-    explicit Levels(const float* values) : values(values) {
+    Levels(float first, float step) : first(first), step(step) {
         constexpr int mask = (1 << BITS) - 1;
         for (int lane = 0; lane < W; lane++) {
-            low[lane] = values[lane & mask];
-            high[lane] = values[lane >> BITS & mask];
+            low[lane] = first + step * float(lane & mask);
+            high[lane] = first + step * float(lane >> BITS & mask);
         }
     }
     // The value of one dimension of the points in the lanes, which the shift has brought down.
@@ -74,10 +81,7 @@ struct Levels {
 #if LANES_LOOKUP
         return look_up(low, shifted);
 #else
-        const vi level = shifted & ((1 << BITS) - 1);
-        vf value = splat(values[0]);
-        for (int i = 1; i < 1 << BITS; i++) value = select(level == i, splat(values[i]), value);
-        return value;
+        return to_float(shifted & ((1 << BITS) - 1)) * step + first;
 #endif
     }
 };

@@ -126,8 +126,6 @@ struct IQ3_S : Iq3 {
     }
 };
 
-constexpr float magnitudes[8] = {1, 3, 5, 7, 9, 11, 13, 15};
-
 // The point nearest to inverse * x, on the grid or off. nearest_int(0.5f * v) reads from the mantissa of v + 2^23 * 3.
 template <class T>
 LANES_INLINE vi nearest_point(const vf* x, vf inverse) {
@@ -179,7 +177,7 @@ LANES_INLINE void fit(const Levels<T::bits>& levels, const vi* points, const vf*
 template <class T>
 __attribute__((noinline)) void quantize_lanes(vf* x, const vf* w, vi wild, SubBlock* out) {
     constexpr int N = T::size, D = T::dimensions, K = N / D, top = 2 * T::levels - 1;
-    const Levels<T::bits> levels(magnitudes);
+    const Levels<T::bits> levels(1, 2);
     vf root[N], wx[N];
     vi signs[N / 8];
     for (int k = 0; k < N / 8; k++) {

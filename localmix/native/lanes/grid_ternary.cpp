@@ -8,8 +8,7 @@ LANES_BEGIN
 namespace {
 
 constexpr float delta = 0.125f;
-constexpr float raised[4] = {-1 + delta, delta, 1 + delta}, lowered[4] = {-1 - delta, -delta, 1 - delta};
-constexpr float plain[4] = {-1, 0, 1};
+constexpr float raised[3] = {-1 + delta, delta, 1 + delta}, lowered[3] = {-1 - delta, -delta, 1 - delta};
 
 struct SubBlock {
     float scale;
@@ -216,7 +215,7 @@ __attribute__((noinline)) void quantize_lanes(const vf* x, const vf* w, vi wild,
         points[word] = select(flip, (int32_t)0xaaaaaaaa - points[word], points[word]);
 
     const Grid& grid = grids[GRID_IQ1];
-    const Levels<2> levels[2] = {Levels<2>(raised), Levels<2>(lowered)}, ternary(plain);
+    const Levels<2> levels[2] = {Levels<2>(raised[0], 1), Levels<2>(lowered[0], 1)}, ternary(-1, 1);
     vi off_grid = {}, settled[K];
     for (int k = 0; k < K; k++) {
         int32_t at[W], found[W], moved[W], low[W];
@@ -308,7 +307,7 @@ struct IQ1_M {
         float d[W] = {};
         bool some[W] = {};
         for (int block = 0; block < count; block++) some[block] = pack_scales<16>(done + 16 * block, scales[block], d[block]);
-        const Levels<2> ternary(plain);
+        const Levels<2> ternary(-1, 1);
         vf sum_qx = {}, sum_q2 = {};
         for (int j = 0; j < 16; j++) {
             vf factor = {};
@@ -358,7 +357,7 @@ size_t quantize(const float* src, void* dst, int64_t nrows, int64_t n_per_row, c
         const float* from = src + first * 256;
         // One super-block in each lane: ggml's weights, and where distances could overflow or are not numbers, so
         // that ggml finds no neighbour and aborts.
-        Rows blocks, q;
+        Rows blocks, q = {};
         for (int lane = 0; lane < W; lane++) {
             const int block = lane < count ? lane : count - 1;
             blocks.at[lane] = from + 256 * block;

@@ -17,6 +17,8 @@ BACKEND   ?= $(or $(INSTALLED),$(if $(filter Darwin,$(shell uname -s)),metal,cpu
 export BACKEND
 
 ENGINE := $(VENV)/.engine-$(BACKEND)
+# Sources of the lane kernels: the editable install compiles them, so a change installs again.
+LANES  := localmix/native/lanes
 BUILD  := $(PY) vendor/llama.cpp/build.py
 
 help: ## list these targets
@@ -50,6 +52,8 @@ bench: setup vendor ## compare speed and memory with llama.cpp's tools
 
 clean: ## remove what was made in this checkout (models and the user's cache stay)
 	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache vendor/llama.cpp/build
+	rm -rf $(LANES)/*.so $(LANES)/build.ninja $(LANES)/Makefile $(LANES)/CMakeFiles $(LANES)/CMakeCache.txt \
+	$(LANES)/CMakeInit.txt $(LANES)/cmake_install.cmake $(LANES)/.cmake $(LANES)/.ninja_* $(LANES)/.skbuild-info.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(PY):
@@ -69,6 +73,6 @@ $(ENGINE): vendor/llama.cpp/pin.json | $(PY)
 	@rm -f $(VENV)/.engine-*
 	@touch $@
 
-$(VENV)/.installed: pyproject.toml $(ENGINE)
+$(VENV)/.installed: pyproject.toml $(LANES)/CMakeLists.txt $(wildcard $(LANES)/*.cpp $(LANES)/*.h $(LANES)/*.def) $(ENGINE)
 	$(PY) -m pip install --quiet --editable '.[dev]'
 	@touch $@

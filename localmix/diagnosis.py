@@ -20,6 +20,7 @@ from localmix.memory import Available, available
 
 if TYPE_CHECKING:
     from localmix.native.devices import Device
+    from localmix.native.lanes import Kernels
 
 PACKAGES = (
     "llama-cpp-python",
@@ -49,6 +50,7 @@ class Diagnosis:
     Attributes:
         packages: installed version of each, None where it is missing.
         devices: what llama.cpp can compute on.
+        kernels: what quantizes; None where the engine is missing.
         cores: physical ones, and those this process may use.
         memory: bytes of the machine, and what is available with the limit that binds.
         disk: free bytes where the library lies.
@@ -61,6 +63,7 @@ class Diagnosis:
     system: str
     packages: dict[str, str | None]
     devices: tuple[Device, ...]
+    kernels: Kernels | None
     physical_cores: int
     usable_cores: int
     memory: int
@@ -82,10 +85,13 @@ def diagnose() -> Diagnosis:
         if version is None
     ]
     devices: tuple[Device, ...] = ()
+    kernels: Kernels | None = None
     try:
         from localmix.native.devices import devices as find_devices
+        from localmix.native.lanes import kernels as find_kernels
 
         devices = tuple(find_devices())
+        kernels = find_kernels()
     except LocalmixError as error:
         problems.append(Problem(error.message, error.hint))
     if any(shutil.which(name) for name in ("nvidia-smi",)) and not _has(devices, "CUDA"):
@@ -107,6 +113,7 @@ def diagnose() -> Diagnosis:
         system=f"{platform.system()} {platform.release()} ({platform.machine()})",
         packages=packages,
         devices=devices,
+        kernels=kernels,
         physical_cores=psutil.cpu_count(logical=False) or os.cpu_count() or 1,
         usable_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         memory=psutil.virtual_memory().total,

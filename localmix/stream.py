@@ -21,7 +21,7 @@ import numpy.typing as npt
 from localmix import __version__
 from localmix.errors import InputError
 from localmix.importance import Importance
-from localmix.native.kernels import dequantize_rows, prepare, quantize_rows
+from localmix.native.kernels import dequantize_rows, quantize_rows
 from localmix.output import OutputFile, check_outputs
 from localmix.plan import Plan, PlannedTensor
 from localmix.sources.base import Source, TensorInfo
@@ -119,8 +119,6 @@ def write_outputs(
                 file.write(0, header)
                 files.append(file)
             targets.append(_Target(plan.tensors, files))
-        for kind in {tensor.type for target in targets for tensor in target.tensors} - set(FLOAT_TYPES):
-            prepare(kind)
         slices = list(_slices(source.tensors))
         all_files = [file for target in targets for file in target.files]
         done = {part.number for part in slices if all(target.holds(part) for target in targets)}

@@ -46,10 +46,13 @@ MIXTRAL_8X7B = {
 }
 
 
-def build(source: Path, into: Path, what: str) -> subprocess.CompletedProcess[str]:
+COMPILER = shutil.which(os.environ.get("CXX", "c++")) and shutil.which("cmake")
+
+
+def build(source: Path, into: Path, what: str, **environment: str) -> subprocess.CompletedProcess[str]:
     # The backend is in this environment already: without isolation a build needs no network.
     command = [sys.executable, "-m", "build", what, "--no-isolation", "--outdir", str(into), str(source)]
-    return subprocess.run(command, capture_output=True, text=True)
+    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +90,27 @@ def run(program: Path, *arguments: str | Path, home: Path) -> subprocess.Complet
     return subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True)
 
 
-def test_the_wheel_is_pure_and_complete(wheel: Path) -> None:
-    assert wheel.name == f"localmix-{localmix.__version__}-py3-none-any.whl"
+LANES = "localmix/native/lanes/localmix_lanes.so"
+
+
+@pytest.mark.skipif(not COMPILER, reason="no C++ compiler or no CMake")
+def test_the_wheel_has_the_lane_kernels_for_every_python(wheel: Path) -> None:
+    assert re.fullmatch(rf"localmix-{localmix.__version__}-py3-none-(?!any)\w+\.whl", wheel.name)
+    with zipfile.ZipFile(wheel) as archive:
+        found = {name for name in archive.namelist() if name.startswith("localmix/native/lanes/")}
+    assert found == {LANES}
+
+
+def test_without_a_compiler_the_wheel_is_pure_and_the_same_otherwise(wheel: Path, tmp_path: Path) -> None:
+    result = build(ROOT, tmp_path, "--wheel", CXX=str(tmp_path / "none"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    name = f"localmix-{localmix.__version__}-py3-none-any.whl"
+    with zipfile.ZipFile(tmp_path / name) as pure, zipfile.ZipFile(wheel) as compiled:
+        assert set(compiled.namelist()) - set(pure.namelist()) <= {LANES}
+        assert set(pure.namelist()) <= set(compiled.namelist())
+
+
+def test_the_wheel_is_complete(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         presets = archive.read("localmix/quant_presets.yaml")
@@ -97,6 +119,7 @@ def test_the_wheel_is_pure_and_complete(wheel: Path) -> None:
     assert sources <= names
     info = f"localmix-{localmix.__version__}.dist-info/"
     assert f"{info}licenses/LICENSE" in names
+    assert f"{info}licenses/localmix/native/lanes/LICENSE.ggml" in names
     assert {name.split("/")[0] for name in names} == {"localmix", info.rstrip("/")}
 
 
@@ -153,6 +176,14 @@ def test_the_package_is_the_wheels_own(installed: Path, tmp_path: Path) -> None:
     place, presets = result.stdout.split()
     assert Path(place).is_relative_to(installed.parent)
     assert presets == "True"
+
+
+@pytest.mark.skipif(not COMPILER, reason="no C++ compiler or no CMake")
+def test_the_lane_kernels_load_from_the_wheel(installed: Path, tmp_path: Path) -> None:
+    code = "from localmix.native.lanes import LIBRARY, instruction_sets; print(LIBRARY); print(*instruction_sets())"
+    place, names = run(installed / "python", "-c", code, home=tmp_path).stdout.splitlines()
+    assert Path(place).is_relative_to(installed.parent)
+    assert names.startswith("baseline")
 
 
 def test_a_plan_from_nothing_but_a_config(installed: Path, tmp_path: Path) -> None:

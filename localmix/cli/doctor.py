@@ -33,6 +33,7 @@ def command(json: bool) -> int:
                     + (f", {size(device.free)} of {size(device.total)} free" if device.total else "")
                     for device in found.devices
                 },
+                "kernels": found.kernels.description if found.kernels else "missing",
                 "cores": f"{found.physical_cores} physical, {found.usable_cores} usable",
                 "memory": f"{size(found.available.bytes)} of {size(found.memory)} available,"
                 f" limited by {found.available.limit}",

@@ -1,20 +1,18 @@
-"""Quantize and decode rows of weights: one function each in front of ggml's kernels."""
+"""Quantize and decode rows of weights: one function each in front of ggml's kernels and the lanes that equal them."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import threading
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from localmix.errors import InputError
+from localmix.native import lanes
 from localmix.native.library import ggml
 from localmix.tensor_types import BLOCKS, TensorType, row_bytes
-
-_prepare_lock = threading.Lock()
 
 
 @functools.cache
@@ -80,20 +78,11 @@ def requires_importance(kind: TensorType) -> bool:
     return bool(question(int(kind)))
 
 
-@functools.cache
-def _prepared(kind: TensorType) -> bool:
-    ggml().ggml_quantize_init(int(kind))
-    return True
-
-
-def prepare(kind: TensorType) -> None:
-    """Build the tables of an I-quant before threads race for them."""
-    with _prepare_lock:
-        _prepared(kind)
-
-
 def quantize_rows(
-    kind: TensorType, rows: npt.NDArray[np.float32], importance: npt.NDArray[np.float32] | None
+    kind: TensorType,
+    rows: npt.NDArray[np.float32],
+    importance: npt.NDArray[np.float32] | None,
+    kernels: str | None = None,
 ) -> npt.NDArray[np.uint8]:
     """Quantize whole rows, with the bytes `llama-quantize` writes. Releases the GIL.
 
@@ -101,6 +90,7 @@ def quantize_rows(
         kind: any type ggml can encode, the plain F16 and BF16 included.
         rows: `[n, columns]`, C-contiguous; columns a multiple of the type's block.
         importance: `[columns]`, the weight of each column's squared error, or None for none.
+        kernels: `ggml` or one of `lanes.instruction_sets()`; None for the quickest. The bytes are the same.
 
     Returns:
         `[n, row_bytes(kind, columns)]`.
@@ -111,15 +101,11 @@ def quantize_rows(
     count, columns = rows.shape
     if importance is None and requires_importance(kind):
         raise ValueError(f"{kind.name} cannot be quantized without an importance row")
-    prepare(kind)
     encoded = np.empty((count, row_bytes(kind, columns)), np.uint8)
-    _chunk_kernel()(
-        int(kind),
-        rows.ctypes.data,
-        encoded.ctypes.data,
-        0,
-        count,
-        columns,
-        None if importance is None else importance.ctypes.data,
-    )
+    weights = None if importance is None else importance.ctypes.data
+    if quick := lanes.kernel(kind, weights is not None, kernels or lanes.chosen()):
+        quick(rows.ctypes.data, encoded.ctypes.data, count, columns, weights)
+    else:
+        # The first call for an I-quant builds ggml's tables, under a lock: up to 17 s, which the lanes do without.
+        _chunk_kernel()(int(kind), rows.ctypes.data, encoded.ctypes.data, 0, count, columns, weights)
     return encoded

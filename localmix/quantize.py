@@ -16,6 +16,8 @@ from localmix.sources.base import MetaValue, Source, boolean, f32, text, u32
 from localmix.sources.open import open_source
 from localmix.stream import Progress, write_outputs
 
+LARGEST_F32 = (2 - 2**-23) * 2.0**127
+
 
 @dataclass(frozen=True)
 class OutputSummary:
@@ -58,9 +60,23 @@ def parse_rule(spec: str) -> Rule:
     return Rule(pattern, tensor_type(kind))
 
 
+def _integer(value: str) -> MetaValue:
+    number = int(value)
+    if not 0 <= number < 1 << 32:  # llama-quantize keeps 32 unsigned bits too, and wraps others around
+        raise UsageError(f"{value} is no number from 0 to {(1 << 32) - 1}, which is what an int entry holds.")
+    return u32(number)
+
+
+def _real(value: str) -> MetaValue:
+    number = float(value)
+    if not abs(number) <= LARGEST_F32:  # NaN neither
+        raise UsageError(f"{value} is no number from -{LARGEST_F32:.4g} to {LARGEST_F32:.4g}, of 32 bits.")
+    return f32(number)
+
+
 _OVERRIDES: Mapping[str, Callable[[str], MetaValue]] = {
-    "int": lambda value: u32(int(value)),
-    "float": lambda value: f32(float(value)),
+    "int": _integer,
+    "float": _real,
     "bool": lambda value: boolean({"true": True, "false": False}[value.lower()]),
     "str": text,
 }
@@ -70,7 +86,7 @@ def parse_override(spec: str) -> tuple[str, MetaValue]:
     """`KEY=TYPE:VALUE` as a metadata entry, with the types `llama-quantize` knows.
 
     Raises:
-        UsageError: the form, the type or the value is wrong.
+        UsageError: the form or the type is wrong, or the value is none of that type.
     """
     key, _, typed = spec.partition("=")
     kind, colon, value = typed.partition(":")

@@ -13,6 +13,7 @@ from localmix.gguf_format import tensor_bytes
 from localmix.memory import DEFAULT_CONTEXT, trained_context
 from localmix.native.mixture import file_type
 from localmix.perplexity import Perplexity, measure
+from localmix.plan import COPY
 from localmix.presets import load_presets
 from localmix.sources.base import Source
 from localmix.sources.open import open_source
@@ -60,7 +61,8 @@ def _type_inside(source: Source) -> str:
     """The mixture that the file says it is, else the type of most of its weights."""
     number = source.get("general.file_type")
     for name, preset in load_presets().presets.items():
-        if name == preset.base and file_type(name) == number:
+        # llama.cpp has no number for COPY, which is no mixture of its own
+        if name == preset.base != COPY and file_type(name) == number:
             return name
     weights: Counter[str] = Counter()
     for tensor in source.tensors:

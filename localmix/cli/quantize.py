@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -125,11 +126,10 @@ def command(
         raise UsageError("The model library holds whole files.", "Name a file or a folder for the parts with -o.")
     presets = [_changed(known.find(name), output_type, embedding_type, pure) for name in names]
     outputs = [(preset, _output(path, output, preset.name)) for preset in presets]
-    if not dry_run:
-        library.make_room(outputs[0][1])
     if imatrix is None and not no_imatrix and any(preset.imatrix != "unused" for preset in presets):
         imatrix = library.find_imatrix(path)
-    with console.progress(WEIGHTS) as progress:
+    room = nullcontext() if dry_run else library.room_for(outputs[0][1])
+    with room, console.progress(WEIGHTS) as progress:
         quantized = quantize(
             path,
             outputs,
@@ -144,9 +144,7 @@ def command(
             progress=progress,
         )
     if not dry_run:
-        # of several files none is the one used last: then the model as a whole is
-        one = len(quantized.outputs) == 1
-        library.remember(quantized.outputs[0].path if one else quantized.outputs[0].path.parent)
+        library.remember([summary.path for summary in quantized.outputs], source=path)
 
     importance = quantized.importance
     if importance is not None:

@@ -22,10 +22,19 @@ from numpy.typing import NDArray
 from localmix.corpus import Corpus, read_corpus, split
 from localmix.errors import InputError
 from localmix.gguf_format import read_header
-from localmix.importance import Coverage, Entry, Importance, load_importance, merge_importance, write_importance
+from localmix.importance import (
+    Coverage,
+    Entry,
+    Importance,
+    encode_importance,
+    load_importance,
+    merge_importance,
+    write_importance,
+)
 from localmix.native.devices import default_threads
 from localmix.native.model import Model
 from localmix.native.tensors import EvalCallback, Tensor, operations, read, weight_name
+from localmix.output import OutputFile
 from localmix.perplexity import Layout, Tally, decode_chunks
 from localmix.tensor_types import TensorType
 from localmix.worker import Channel, Progress, Report, Worker
@@ -89,7 +98,7 @@ def collect(
     Raises:
         InputError: a file is broken or too short, `resume` does not fit, or the model computes what is not finite.
         CapacityError: memory does not suffice.
-        FileError: the output cannot be written.
+        FileError: the output cannot be written, or another run writes it; found before the work.
     """
     corpus = read_corpus(corpora)
     origin = _origin(model, corpus)
@@ -98,18 +107,21 @@ def collect(
     partial = partial_path(output)
     started = earlier.chunk_count if earlier is not None else 0
 
-    def write(found: _Found, path: Path) -> None:
-        write_importance(path, Importance(found.entries, datasets, found.chunks, ctx, path, origin))
+    def importance(found: _Found) -> Importance:
+        return Importance(found.entries, datasets, found.chunks, ctx, output, origin)
 
     task = _Task(model, corpus, ctx, chunks, threads, output_weight, save_seconds, started)
-    with Worker(_collect, task, dict(earlier.entries) if earlier is not None else {}, subject=model) as child:
+    known = dict(earlier.entries) if earlier is not None else {}
+    # opened before the hours of work: nobody else may write it, and a folder that cannot be written to shows now
+    with OutputFile(output, 0) as file, Worker(_collect, task, known, subject=model) as child:
         for event in child:
             if isinstance(event, _Found):
-                write(event, partial)
+                write_importance(partial, importance(event))
             elif isinstance(event, Progress) and progress is not None:
                 progress(event.done, event.total, event.label)
         found: _Found = child.result
-    write(found, output)
+        file.write(0, encode_importance(importance(found)))
+        file.commit()
     partial.unlink(missing_ok=True)
     coverage = Importance(found.entries).coverage
     notes = corpus.notes
@@ -294,7 +306,7 @@ class Collector:
         if not np.isfinite(sums).all():
             raise InputError(
                 f"The input of {name} is not finite: the model's weights or its computation are broken.",
-                "Look for NaN with `localmix info`.",
+                "`localmix quantize F32` of its checkpoint names a weight that is NaN or Inf, and its place.",
             )
 
     def entries(self) -> dict[str, Entry]:

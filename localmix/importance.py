@@ -264,8 +264,8 @@ def merge_importance(parts: Sequence[Importance]) -> Importance:
     return Importance(merged, datasets, sum(part.chunk_count for part in parts), first.chunk_size)
 
 
-def write_importance(path: Path, importance: Importance) -> None:
-    """Write an imatrix file that `llama-quantize` reads too; the file appears whole or not at all."""
+def encode_importance(importance: Importance) -> bytes:
+    """An imatrix file's bytes, which `llama-quantize` reads too."""
     metadata = {
         "general.type": text("imatrix"),
         "imatrix.datasets": array(ValueType.STRING, importance.datasets),
@@ -281,4 +281,9 @@ def write_importance(path: Path, importance: Importance) -> None:
             blob = np.ascontiguousarray(values, "<f4").tobytes()
             infos.append(TensorInfo(name + suffix, values.shape, TensorType.F32))
             blobs.append(blob + bytes(padded(len(blob)) - len(blob)))
-    write_atomically(path, b"".join([encode_header(metadata, infos), *blobs]))
+    return b"".join([encode_header(metadata, infos), *blobs])
+
+
+def write_importance(path: Path, importance: Importance) -> None:
+    """Write an imatrix file, which appears whole or not at all."""
+    write_atomically(path, encode_importance(importance))

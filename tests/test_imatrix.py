@@ -15,6 +15,7 @@ from localmix.imatrix import collect, merge, partial_path
 from localmix.importance import Coverage, Importance, load_importance, write_importance
 from localmix.native.model import Context, Model
 from localmix.native.tensors import EvalCallback, Tensor, operations, read, weight_name
+from localmix.output import OutputFile
 from localmix.perplexity import measure
 from tests.random_model import write_random_model
 from tests.texts import write_text
@@ -206,6 +207,19 @@ def test_nan_names_the_weight_and_leaves_no_file(tmp_path: Path, text: Path) -> 
     assert [file.name for file in tmp_path.iterdir()] == ["broken.gguf"]
 
 
-def test_an_output_folder_that_is_missing_is_said(tmp_path: Path, random_model: Path, text: Path) -> None:
+def test_an_output_that_cannot_be_written_is_said_before_the_work(
+    tmp_path: Path, random_model: Path, text: Path
+) -> None:
+    steps: list[tuple[int, int, str]] = []
+
+    def run(output: Path) -> None:
+        collect(random_model, [text], output, 128, chunks=2, threads=1, progress=lambda *step: steps.append(step))
+
     with pytest.raises(FileError):
-        collect(random_model, [text], tmp_path / "none" / "made.gguf", 128, chunks=1, threads=1)
+        run(tmp_path / "none" / "made.gguf")
+    output = tmp_path / "made.gguf"
+    with OutputFile(output, 0), pytest.raises(FileError, match="Another run is writing"):
+        run(output)
+    assert not steps
+    run(output)
+    assert steps and load_importance(output).chunk_count == 2

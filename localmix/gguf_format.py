@@ -105,16 +105,19 @@ def layout(tensors: Iterable[TensorInfo], alignment: int = DEFAULT_ALIGNMENT) ->
     return offsets, end
 
 
+def encode_entry(info: TensorInfo, offset: int) -> bytes:
+    """What the head says of one tensor; its length does not depend on the offset."""
+    dimensions = info.shape[::-1]  # ggml counts from the fastest
+    return _string(info.name) + struct.pack(f"<I{len(dimensions)}QIQ", len(dimensions), *dimensions, info.type, offset)
+
+
 def encode_header(metadata: Mapping[str, MetaValue], tensors: Sequence[TensorInfo]) -> bytes:
     """The head of a GGUF file that holds these tensors one after the other, padded to its alignment."""
     parts = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(metadata))]
     for key, value in metadata.items():
         parts += [_string(key), encode_value(value)]
     offsets, _ = layout(tensors)
-    for info, offset in zip(tensors, offsets, strict=True):
-        dimensions = info.shape[::-1]  # ggml counts from the fastest
-        parts.append(_string(info.name))
-        parts.append(struct.pack(f"<I{len(dimensions)}QIQ", len(dimensions), *dimensions, info.type, offset))
+    parts += map(encode_entry, tensors, offsets)
     head = b"".join(parts)
     return head + bytes(padded(len(head)) - len(head))
 

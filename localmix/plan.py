@@ -9,14 +9,14 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gguf.constants import GGUFValueType as ValueType
 
 from localmix.errors import InputError, UsageError
-from localmix.gguf_format import encode_header, layout, padded, tensor_bytes
+from localmix.gguf_format import encode_entry, encode_header, layout, padded, tensor_bytes
 from localmix.importance import Importance
 from localmix.native.kernels import requires_importance
 from localmix.native.mixture import Mixture, choose_types, file_type
@@ -25,6 +25,7 @@ from localmix.sources.base import MetaValue, Source, TensorInfo, text, u32
 from localmix.tensor_types import FLOAT_TYPES, TensorType
 
 QUANTIZATION_VERSION = 2  # ggml.h, GGML_QNT_VERSION
+LEAST_SPLIT_BYTES = 10**6
 COPY = "COPY"  # the base of the preset that leaves every tensor as it is
 
 
@@ -145,11 +146,12 @@ class Planner:
         """
         mixture = self._mixture(preset, rules, has_imatrix or importance is not None)
         infos = [replace(tensor, type=mixture.types[tensor.name]) for tensor in self._source.tensors]
-        parts = _parts(infos, split_bytes)
+        whole = self._metadata(preset, importance)
+        parts = _parts(infos, whole, split_bytes)
         headers: list[bytes] = []
         tensors: list[PlannedTensor] = []
         for part, members in enumerate(parts):
-            metadata = self._metadata(preset, importance) if part == 0 else {}
+            metadata = whole if part == 0 else {}
             if len(parts) > 1:
                 metadata |= _split_metadata(part, len(parts), len(infos))
             header = encode_header(metadata, [infos[index] for index in members])
@@ -196,17 +198,25 @@ class Planner:
         return metadata
 
 
-def _parts(infos: Sequence[TensorInfo], split_bytes: int | None) -> list[list[int]]:
-    """Indexes of the tensors of each file, in order; all in one file without a limit."""
+def _parts(infos: Sequence[TensorInfo], metadata: Mapping[str, MetaValue], limit: int | None) -> list[list[int]]:
+    """Indexes of the tensors of each file, in order; all in one file without a limit on its bytes, head included.
+
+    Args:
+        metadata: goes into the first file, where a vocabulary can take megabytes.
+    """
+    if limit is None:
+        return [list(range(len(infos)))]
+    split = _split_metadata(0, 0, 0)
     parts: list[list[int]] = [[]]
-    size = 0
+    head, data = len(encode_header({**metadata, **split}, [])), 0
     for index, info in enumerate(infos):
-        more = padded(tensor_bytes(info))
-        if split_bytes is not None and parts[-1] and size + more > split_bytes:
+        head += len(encode_entry(info, 0))
+        data += padded(tensor_bytes(info))
+        if parts[-1] and padded(head) + data > limit:
             parts.append([])
-            size = 0
+            head = len(encode_header(split, [])) + len(encode_entry(info, 0))
+            data = padded(tensor_bytes(info))
         parts[-1].append(index)
-        size += more
     return parts
 
 
@@ -235,6 +245,27 @@ def _skeleton(source: Source) -> bytes:
         for tensor in source.tensors
     ]
     return encode_header(metadata, infos) + bytes(layout(infos)[1])
+
+
+def check_split(plan: Plan, limit: int) -> list[str]:
+    """Look for files of a split output that are larger than they may be.
+
+    Returns:
+        A sentence, when a tensor alone is too large for a file.
+
+    Raises:
+        UsageError: the limit is so small that hardly a tensor keeps to it.
+    """
+    if limit < LEAST_SPLIT_BYTES:
+        raise UsageError(f"Files of {limit:,} bytes are too small for a model; 1 MB is the least.")
+    larger = [part for part, size in enumerate(plan.part_bytes) if size > limit]
+    if not larger:
+        return []
+    first = next(tensor.info.name for tensor in plan.tensors if tensor.part == larger[0])
+    return [
+        f"{plan.type}: {len(larger)} of {len(plan.headers)} files are larger than {limit:,} bytes,"
+        f" because a tensor is not divided ({first} is the first)."
+    ]
 
 
 def check_quantizable(plan: Plan, source: Source) -> None:

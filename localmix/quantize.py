@@ -10,7 +10,7 @@ from pathlib import Path
 from localmix.errors import UsageError
 from localmix.importance import Importance, load_importance
 from localmix.native.devices import default_threads
-from localmix.plan import Plan, Planner, check_coverage, check_importance, check_quantizable, check_rules
+from localmix.plan import Plan, Planner, check_coverage, check_importance, check_quantizable, check_rules, check_split
 from localmix.presets import Preset, Rule, tensor_type
 from localmix.sources.base import MetaValue, Source, boolean, f32, text, u32
 from localmix.sources.open import open_source
@@ -118,7 +118,7 @@ def plan_outputs(
     Raises:
         InputError: the source is quantized already, the importance matrix is of another model, or a type needs
             an importance row that is missing.
-        UsageError: a rule matches no tensor.
+        UsageError: a rule matches no tensor, or the parts are far too small.
     """
     planner = Planner(source)
     plans = [planner.plan(preset, rules=rules, importance=importance, split_bytes=split_bytes) for preset in presets]
@@ -127,6 +127,8 @@ def plan_outputs(
         if not allow_requantize:
             check_quantizable(plan, source)
         notes += check_rules(plan, rules)
+        if split_bytes is not None:
+            notes += check_split(plan, split_bytes)
         if importance is not None:
             notes += check_coverage(plan, importance)
         check_importance(plan, importance)

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from localmix.errors import InputError, UsageError
+from localmix.gguf_format import padded
 from localmix.importance import Entry, Importance
-from localmix.plan import Planner, check_coverage, check_importance, check_quantizable, check_rules
+from localmix.plan import Planner, check_coverage, check_importance, check_quantizable, check_rules, check_split
 from localmix.presets import Rule, load_presets
 from localmix.quantize import quantize
-from localmix.sources.base import Source
+from localmix.sources.base import Source, ValueType, array
 from localmix.sources.open import open_source
 from localmix.tensor_types import TensorType
 from tests.random_model import write_random_model
@@ -189,3 +190,33 @@ def test_an_architecture_that_llama_cpp_does_not_know(tmp_path: Path) -> None:
     model.write_bytes(data)
     with open_source(model) as source, pytest.raises(InputError, match="unknown model architecture"):
         Planner(source).plan(load_presets().find("Q4_0"))
+
+
+def test_parts_keep_to_their_size_with_their_heads(mixtral: Source) -> None:
+    """The head of the first part holds the vocabulary; a part that ends just below the limit shows it."""
+    preset = load_presets().find("Q8_0")
+    metadata = dict(mixtral.metadata)
+    with open_source(mixtral.path) as source:
+        source.metadata = {**metadata, "tokenizer.ggml.tokens": array(ValueType.STRING, ["word"] * 100_000)}
+        planner = Planner(source)
+        whole = planner.plan(preset)
+        assert len(whole.headers[0]) > 10**6
+        # three of the largest tensors and what lies before them fill a file to the last byte but for its head
+        last = [index for index, tensor in enumerate(whole.tensors) if "_exps" in tensor.info.name][2]
+        limit = sum(padded(tensor.bytes) for tensor in whole.tensors[: last + 1])
+        plan = planner.plan(preset, split_bytes=limit)
+        assert max(plan.part_bytes) <= limit
+        assert check_split(plan, limit) == []
+        sizes = [tensor.part for tensor in plan.tensors]
+        assert sizes == sorted(sizes)
+        # the second part holds the tensor that just did not go into the first
+        following = next(tensor for tensor in plan.tensors if tensor.part == 1)
+        assert plan.part_bytes[0] + padded(following.bytes) > limit
+
+
+def test_a_tensor_larger_than_a_part_is_said(mixtral: Source) -> None:
+    plan = Planner(mixtral).plan(load_presets().find("Q8_0"), split_bytes=10**6)
+    [note] = check_split(plan, 10**6)
+    assert "files are larger than 1,000,000 bytes" in note and "token_embd.weight is the first" in note
+    with pytest.raises(UsageError, match="too small for a model"):
+        check_split(plan, 1)

@@ -22,6 +22,7 @@ from localmix.tensor_types import BLOCKS, TensorType, fits, row_bytes
 
 MAGIC = b"GGUF"
 VERSION = 3
+ALIGNMENT = "general.alignment"
 DEFAULT_ALIGNMENT = 32
 MAX_DIMENSIONS = 4  # ggml.h, GGML_MAX_DIMS
 MAX_NAME_BYTES = 63  # ggml.h, GGML_MAX_NAME without its closing zero
@@ -112,7 +113,11 @@ def encode_entry(info: TensorInfo, offset: int) -> bytes:
 
 
 def encode_header(metadata: Mapping[str, MetaValue], tensors: Sequence[TensorInfo]) -> bytes:
-    """The head of a GGUF file that holds these tensors one after the other, padded to its alignment."""
+    """The head of a GGUF file that holds these tensors one after the other, padded to the default alignment.
+
+    Another alignment that the metadata comes with, from the file it was read from, is left out.
+    """
+    metadata = {key: value for key, value in metadata.items() if key != ALIGNMENT}
     parts = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(metadata))]
     for key, value in metadata.items():
         parts += [_string(key), encode_value(value)]
@@ -262,10 +267,10 @@ def _read_header(cursor: _Cursor, size: int) -> Header:
         raise cursor.fail(f"it is {what}, and 2 and 3 are known")
     tensor_count = cursor.count(smallest=8 + 4 + 8 + 4 + 8)
     metadata = _read_metadata(cursor, cursor.count(smallest=8 + 4 + 1))
-    alignment = metadata.get("general.alignment")
+    alignment = metadata.get(ALIGNMENT)
     align = DEFAULT_ALIGNMENT if alignment is None else alignment.value
     if not isinstance(align, int) or not 1 <= align <= 1 << 16 or align & (align - 1):
-        raise cursor.fail(f"general.alignment is {align!r}, no power of two")
+        raise cursor.fail(f"{ALIGNMENT} is {align!r}, no power of two")
 
     found: dict[str, tuple[TensorInfo, int]] = {}
     for index in range(tensor_count):

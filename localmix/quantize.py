@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from localmix.errors import UsageError
+from localmix.gguf_format import ALIGNMENT, DEFAULT_ALIGNMENT
 from localmix.importance import Importance, load_importance
 from localmix.native.devices import default_threads
 from localmix.plan import Plan, Planner, check_coverage, check_importance, check_quantizable, check_rules, check_split
@@ -95,6 +96,8 @@ def parse_override(spec: str) -> tuple[str, MetaValue]:
             f"{spec!r} is no metadata entry.",
             f"Write KEY=TYPE:VALUE with a type of {', '.join(_OVERRIDES)}, such as llama.context_length=int:8192.",
         )
+    if key == ALIGNMENT:
+        raise UsageError(f"{ALIGNMENT} cannot be set: tensors always start at multiples of {DEFAULT_ALIGNMENT} bytes.")
     try:
         return key, _OVERRIDES[kind](value)
     except (ValueError, KeyError) as error:

@@ -143,6 +143,23 @@ def test_an_override_out_of_range_is_refused(typed: str) -> None:
         parse_override(f"llama.context_length={typed}")
 
 
+def test_a_source_with_another_alignment(tmp_path: Path) -> None:
+    source = tmp_path / "source.gguf"
+    writer = gguf.GGUFWriter(source, "llama")
+    writer.add_custom_alignment(1024)
+    for name in ("blk.0.attn_norm.weight", "token_embd.weight"):
+        writer.add_tensor(name, np.arange(8, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    quantize(source, [(load_presets().find("COPY"), tmp_path / "copy.gguf")])
+    for tensor in gguf.GGUFReader(tmp_path / "copy.gguf").tensors:
+        np.testing.assert_array_equal(tensor.data, np.arange(8, dtype=np.float32))
+    with pytest.raises(UsageError, match="cannot be set"):
+        parse_override("general.alignment=int:64")
+
+
 def test_the_largest_overrides() -> None:
     assert parse_override("k=int:4294967295")[1].value == (1 << 32) - 1
     assert parse_override("k=float:3.4028234e38")[1].value == pytest.approx(3.4028234e38)

@@ -7,16 +7,20 @@ JSON gets one document in every case. Everything else is a bug: it keeps its tra
 
 from __future__ import annotations
 
-import contextlib
+# Little, and nothing slow: Ctrl-C is a traceback of Python's until `main` runs.
 import errno
 import io
 import os
 import signal
 import sys
-from collections.abc import Sequence
-from types import FrameType
 
+from localmix.cli import Terminated
 from localmix.errors import CapacityError, FileError, Interrupted, LocalmixError, UsageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import FrameType
 
 BUG = 70
 
@@ -38,12 +42,11 @@ _REFUSED = frozenset(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code; `arguments` are those after the program's name."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal without UTF-8 gets '?', not a traceback
-    _stop_politely()
+    words: list[str] = []
     try:
+        _stop_politely()
+        words += sys.argv[1:] if arguments is None else arguments
+        _prepare_streams()
         code = _run(words)
         sys.stdout.flush()
         return code
@@ -102,6 +105,9 @@ def _file_system_error(error: OSError) -> LocalmixError | None:
 
 
 def _report(error: LocalmixError, words: Sequence[str]) -> int:
+    _ignore_signals()
+    import contextlib
+
     from localmix.cli.console import Console
 
     as_json = "--json" in (words[: words.index("--")] if "--" in words else words)
@@ -124,16 +130,42 @@ def _report_bug() -> int:
 
 def _stop_politely() -> None:
     """SIGTERM and a closed terminal stop a run the way Ctrl-C does, so that it cleans up behind itself."""
-    from localmix.cli import Terminated
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        raise Terminated
+        _ignore_signals()
+        raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
-    for name in ("SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)
+    for number in _stop_signals():
         # a parent that ignores the signal (nohup) wants it ignored
-        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+        if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, interrupt)
+
+
+def _ignore_signals() -> None:
+    """From the first signal or error on: a second one must not cut the clean-up and the report short."""
+    for number in _stop_signals():
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _stop_signals() -> list[signal.Signals]:
+    return [number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP")]
+
+
+def _prepare_streams() -> None:
+    """Stand-ins for streams that the parent closed, and no traceback from a terminal without UTF-8."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            # else the next file that is opened takes the number, and a child writes its messages into it
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            if descriptor <= number:
+                os.set_inheritable(descriptor, True)
+            else:
+                os.close(descriptor)
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8"))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # '?' instead
 
 
 if __name__ == "__main__":

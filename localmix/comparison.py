@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from localmix import library
+from localmix.corpus import Corpus
 from localmix.errors import Interrupted, LocalmixError
 from localmix.gguf_format import tensor_bytes
 from localmix.memory import DEFAULT_CONTEXT, trained_context
@@ -77,7 +78,7 @@ def common_context(subjects: Sequence[Subject]) -> int:
 
 def compare(
     subjects: Sequence[Subject],
-    corpus: Path,
+    corpus: Corpus,
     ctx: int,
     chunks: int | None = None,
     threads: int | None = None,
@@ -90,7 +91,7 @@ def compare(
 
     Args:
         subjects: from `look_at`.
-        corpus: a UTF-8 text.
+        corpus: from `read_corpus`.
         ctx, chunks, threads, speed: as `perplexity.measure`.
         progress: called with (done, in all, the model's type and number and what is counted).
 

@@ -70,7 +70,7 @@ class Perplexity:
 
 def measure(
     model: Path,
-    corpus: Path,
+    corpus: Path | Corpus,
     ctx: int = 512,
     chunks: int | None = None,
     threads: int | None = None,
@@ -81,7 +81,7 @@ def measure(
 
     Args:
         model: a GGUF file.
-        corpus: a UTF-8 text.
+        corpus: a UTF-8 text, or the path of one.
         ctx: tokens of a chunk.
         chunks: how many at most; None for all.
         threads: None for the machine's fast cores.
@@ -92,7 +92,7 @@ def measure(
         InputError: a file is broken or too short, or a chunk gives no finite number.
         CapacityError: memory does not suffice.
     """
-    text = read_corpus([corpus])
+    text = corpus if isinstance(corpus, Corpus) else read_corpus([corpus])
     return worker.run(measure_here, model, text, ctx, chunks, threads, speed, progress=progress)
 
 
@@ -281,7 +281,7 @@ class Tally:
             raise InputError(
                 f"Chunk {part.first_chunk + sequence + 1} gives no finite probability at token"
                 f" {start + place + 1}: the model's weights or its computation are broken.",
-                "Look for NaN with `localmix info`, or measure another type of this model.",
+                "Measure another type of it, or convert it again: `localmix convert` names weights that are NaN.",
             )
         self._sums[rows] += values.sum(1)
         self._squares[rows] += (values * values).sum(1)

@@ -91,7 +91,7 @@ def command(
 
     try:
         with console.progress() as progress:
-            for measured in compare(subjects, corpus, context, chunks, threads, speed, progress):
+            for measured in compare(subjects, text, context, chunks, threads, speed, progress):
                 done.append(measured)
     except KeyboardInterrupt:
         if done and not json:

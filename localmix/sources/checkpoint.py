@@ -39,7 +39,7 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
-_DOWNLOAD = "Download the checkpoint again, for example with `localmix pull`."
+_DOWNLOAD = "Download the checkpoint again, for example with `hf download REPOSITORY --local-dir FOLDER`."
 
 _UNQUANTIZED = "Take the original checkpoint in bf16, f16 or f32; localmix quantizes it itself."
 
@@ -240,7 +240,7 @@ def _list_folder(path: Path) -> set[str]:
 def _hint_without_config(names: set[str]) -> str:
     """The next step for the folders that are taken for a checkpoint most often."""
     if "adapter_config.json" in names:
-        return "It is a LoRA adapter: give the folder of the base model, and the adapter with --lora."
+        return "It is a LoRA adapter: give the folder of a model that it was merged into."
     if any(name.endswith(".gguf") for name in names):
         return "To use a GGUF file, give the file itself."
     return _DOWNLOAD

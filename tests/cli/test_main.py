@@ -129,6 +129,57 @@ def test_a_signal_ends_with_130(localmix: CommandLine, number: signal.Signals) -
     assert (out, err) == ("", "Stopped.\n")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_more_signals_do_not_disturb_the_end(localmix: CommandLine, number: signal.Signals) -> None:
+    process = localmix.popen("chat", "-p", "x", "--threads", "1", stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.read(1)  # the reply has begun
+    while process.poll() is None:
+        process.send_signal(number)
+    assert process.communicate()[1].strip() == "Stopped."
+    assert process.returncode == 130
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_ctrl_c_while_the_program_still_starts(empty: CommandLine) -> None:
+    program = (
+        "import sys, os, signal\nfrom localmix.__main__ import main\n"
+        "class Stop:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        if name == 'click': os.kill(os.getpid(), signal.SIGINT)\n"
+        "assert not {'click', 'contextlib', 'inspect'} & set(sys.modules) - before\n"
+        "sys.meta_path.insert(0, Stop())\nsys.exit(main(['ls']))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", f"import sys\nbefore = set(sys.modules)\n{program}"],
+        env=empty.environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (run.returncode, run.stderr) == (130, "Stopped.\n")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a POSIX shell")
+@pytest.mark.parametrize(
+    ("arguments", "closed", "code"),
+    [
+        ("chat fox", "<&-", 2),
+        ("ls", ">&-", 0),
+        ("info fox", ">&-", 0),
+        ("info /nope.gguf", "2>&-", 5),
+        ("quantize Q8_0 fox -o out.gguf --threads 1", "<&- >&- 2>&-", 0),
+    ],
+)
+def test_closed_streams_are_no_error(localmix: CommandLine, arguments: str, closed: str, code: int) -> None:
+    command = f"exec {sys.executable} -m localmix {arguments} {closed}"
+    run = subprocess.run(["sh", "-c", command], env=localmix.environment, cwd=localmix.folder, check=False)
+    assert run.returncode == code
+    if "out.gguf" in arguments:
+        assert localmix("info", "out.gguf", "--json").json["types"]
+
+
 def test_colours_only_on_a_terminal(localmix: CommandLine) -> None:
     for arguments in (["ls"], ["plan", "Q4_K"], ["info"]):
         run = localmix(*arguments)

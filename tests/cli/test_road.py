@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
+
+import pytest
 
 from tests.commands import CommandLine
 
@@ -247,3 +250,12 @@ def test_a_failure_leaves_no_empty_folder(empty: CommandLine) -> None:
     (empty.folder / "fox").mkdir()
     empty.fails("convert", "fox", expect=3)
     assert not any(empty.home.glob("*/"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a POSIX pipe")
+def test_a_corpus_from_a_pipe_is_read_once(localmix: CommandLine) -> None:
+    measure = ("--ctx", "64", "--chunks", "2", "--threads", "1", "--no-speed", "--json")
+    text = (localmix.folder / "corpus.txt").read_text(encoding="utf-8")
+    piped = localmix("ppl", "fox", "--corpus", "/dev/stdin", *measure, stdin=text).json
+    file = localmix("ppl", "fox", "--corpus", "corpus.txt", *measure).json
+    assert piped["rows"][0]["ppl"] == file["rows"][0]["ppl"]

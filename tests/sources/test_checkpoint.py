@@ -265,7 +265,7 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(InputError, match=r"has no config\.json") as caught:
         open_checkpoint(tmp_path)
-    assert "--lora" in caught.value.hint
+    assert "merged" in caught.value.hint
 
 
 def test_hostile_config_costs_nothing(tmp_path: Path) -> None:

@@ -28,6 +28,8 @@ _STATE_FILE = "state.json"
 _TYPED_NAME = re.compile(
     r"^(?P<model>.+?)[-.](?P<type>(?:(?:I?Q|TQ)\d\w*|BF16|F16|F32|MXFP4\w*)(?:-\d{4}-\d\d)?)$", re.IGNORECASE
 )
+# of a split file, as llama.cpp names them
+_PART = re.compile(r"-\d{5}(-of-\d{5}\.gguf)$")
 _MODEL_NAME = re.compile(r"^[^\W_][\w.+ -]*$")
 
 
@@ -265,7 +267,9 @@ def _checked(path: Path, purpose: Purpose) -> Path:
         raise UsageError(
             f"{path} is a folder, and a GGUF file is needed here.", f"Run `localmix convert {path}` first."
         )
-    return path
+    # any part means the whole; llama.cpp opens the first one only
+    first = path.with_name(_PART.sub(r"-00001\1", path.name)) if path.name else path
+    return first if first.exists() else path
 
 
 def _types(model: Model) -> str:

@@ -16,7 +16,7 @@ import click
 
 from localmix.cli import Terminated
 from localmix.cli.console import Console
-from localmix.cli.parameters import MODEL, examples, json_option, threads_option
+from localmix.cli.parameters import MODEL, FiniteRange, examples, json_option, threads_option
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from localmix.library import ModelFile
     from localmix.memory import Available, Need
 
+# beyond it llama.cpp spends minutes on reserving what no machine has, so --force does not try
+_LONGEST_CONTEXT = 2**24
+_QUESTION_BYTES = 4 * 2**20  # more is no question: a wrong file, or a program that never ends
 _STATUS_TOKENS = 256  # a shorter prompt is read before anybody could read about it
 
 
@@ -35,15 +38,15 @@ _STATUS_TOKENS = 256  # a shorter prompt is read before anybody could read about
 @click.option(
     "--ctx",
     "context",
-    type=click.IntRange(min=16),
+    type=click.IntRange(16, 2**31 - 1),
     help="Positions of context; 4096 by default, less if the model was trained for less.",
 )
-@click.option("--max-tokens", type=click.IntRange(min=1), help="Longest reply.")
-@click.option("--temperature", type=click.FloatRange(min=0), default=0.2, show_default=True)
-@click.option("--top-k", type=click.IntRange(min=0), default=40, show_default=True)
-@click.option("--top-p", type=click.FloatRange(0, 1), default=0.9, show_default=True)
-@click.option("--repeat-penalty", type=click.FloatRange(min=0.01), default=1.1, show_default=True)
-@click.option("--seed", type=int, help="The same seed and question give the same reply.")
+@click.option("--max-tokens", type=click.IntRange(1, 2**31 - 1), help="Longest reply.")
+@click.option("--temperature", type=FiniteRange(min=0), default=0.2, show_default=True)
+@click.option("--top-k", type=click.IntRange(0, 2**31 - 1), default=40, show_default=True)
+@click.option("--top-p", type=FiniteRange(0, 1), default=0.9, show_default=True)
+@click.option("--repeat-penalty", type=FiniteRange(min=0.01), default=1.1, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="The same seed and question give the same reply.")
 @click.option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda", "metal"]),
@@ -87,6 +90,9 @@ def command(
     from localmix.native.model import Sampling
 
     console = Console(json)
+    for option, text in (("--prompt", prompt), ("--system", system)):
+        if text is not None and any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise UsageError(f"The text of {option} is not UTF-8.")
     question = _question(prompt)
     if json and question is None:
         raise UsageError("--json needs one question.", "Give it with -p, or on stdin.")
@@ -112,7 +118,10 @@ def _question(prompt: str | None) -> str | None:
         text = prompt
     elif prompt == "-" or not sys.stdin.isatty():
         try:
-            text = sys.stdin.buffer.read().decode("utf-8")
+            data = sys.stdin.buffer.read(_QUESTION_BYTES + 1)
+            if len(data) > _QUESTION_BYTES:
+                raise InputError(f"The question on stdin is longer than {_QUESTION_BYTES // 2**20} MiB.")
+            text = data.decode("utf-8")
         except UnicodeDecodeError as error:
             raise InputError(f"The question on stdin is not UTF-8 (byte {error.start}).") from error
     else:
@@ -169,7 +178,7 @@ class _MemoryCheck:
             f"{path.name} needs {size(fit.need.total)} of memory, but {size(self._room.bytes)} is available:"
             f" {self._room.limit}."
         )
-        if force:
+        if force and fit.context <= _LONGEST_CONTEXT:
             self._console.warn(message)
             return fit.context
         raise CapacityError(message, self._remedies(path, fit))
@@ -196,7 +205,8 @@ class _MemoryCheck:
             fitting = f"`--ctx {fit.longest}` fits"
         else:
             fitting = "`localmix plan` shows which types fit"
-        return f"{fitting}. Or close other programs, or go on anyway with --force."
+        anyway = "or go on anyway with --force" if fit.context <= _LONGEST_CONTEXT else "or ask for less with --ctx"
+        return f"{fitting}. Or close other programs, {anyway}."
 
 
 def _draw_need(console: Console, fit: _Fit, room: Available) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,16 @@ else:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 FILE = click.Path(path_type=Path)
+
+
+class FiniteRange(click.FloatRange):
+    """A range of numbers; NaN, which no comparison refuses, and infinities are outside of it."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        found = super().convert(value, param, ctx)
+        if not math.isfinite(found):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return found
 
 
 class ModelName(_Parameter):
@@ -86,7 +97,7 @@ SET = SetName()
 json_option = click.option("--json", is_flag=True, help="One JSON document on stdout, and no colour.")
 markdown_option = click.option("--markdown", is_flag=True, help="The table as Markdown.")
 threads_option = click.option(
-    "--threads", type=click.IntRange(min=1), help="Threads to use; the physical cores by default."
+    "--threads", type=click.IntRange(1, 512), help="Threads to use; the physical cores by default."
 )
 presets_option = click.option(
     "--presets", "presets_file", type=FILE, metavar="FILE", help="Take types and sets from this file instead."

@@ -136,7 +136,18 @@ CHAT = ("chat", "fox-BF16.gguf", "-p", "Hello", "--ctx", "64", "--max-tokens", "
         (write("x", b""), (*IMATRIX[:-1], "corpus.txt"), 2, "corpus.txt"),
         (write("home", b"a file"), ("convert", "fox"), 5, "home"),
         # memory
-        (write("x", b""), ("chat", "fox-BF16.gguf", "-p", "x", "--ctx", "2000000000"), 4, "--force"),
+        (write("x", b""), ("chat", "fox-BF16.gguf", "-p", "x", "--ctx", "16000000"), 4, "--force"),
+        (write("x", b""), (*CHAT[:4], "--ctx", "2000000000", "--force"), 4, "--ctx"),
+        (write("x", b""), (*CHAT[:4], "--ctx", "4294967312", "--force"), 2, "4294967312"),
+        (write("x", b""), (*CHAT, "--temperature", "nan"), 2, "finite"),
+        (write("x", b""), (*CHAT, "--temperature", "inf"), 2, "finite"),
+        (write("x", b""), (*CHAT, "--top-p", "nan"), 2, "finite"),
+        (write("x", b""), (*CHAT, "--repeat-penalty", "nan"), 2, "finite"),
+        (write("x", b""), (*CHAT, "--top-k", "2147483648"), 2, "--top-k"),
+        (write("x", b""), (*CHAT, "--seed", "-1"), 2, "--seed"),
+        (write("x", b""), (*CHAT, "--threads", "513"), 2, "--threads"),
+        (write("x", b""), (*CHAT, "--system", os.fsdecode(b"\xff")), 2, "UTF-8"),
+        (write("x", b""), (*CHAT[:3], os.fsdecode(b"\xff")), 2, "UTF-8"),
         (write("x", b""), ("chat", "./fox", "-p", "x"), 2, "localmix convert"),
     ],
     ids=lambda value: "-".join(map(str, value))[:60] if isinstance(value, tuple) else "",
@@ -285,6 +296,14 @@ def test_a_question_that_is_no_text(localmix: CommandLine) -> None:
     assert process.returncode == 3
     assert b"not UTF-8" in err
     assert "empty" in localmix.fails(*CHAT[:2], stdin="  \n", expect=2)
+    assert "MiB" in localmix.fails(*CHAT[:2], stdin="y\n" * 2**22, expect=3)
+
+
+def test_any_part_of_a_split_file_is_the_whole(localmix: CommandLine) -> None:
+    localmix("quantize", "Q8_0", "fox-BF16.gguf", "--split-max-size", "1MB", "-o", "sp.gguf", "--threads", "1")
+    last = max(localmix.folder.glob("sp-*.gguf"))
+    assert "-00001-of" not in last.name
+    localmix("chat", last.name, *CHAT[2:], "--threads", "1")
 
 
 @posix

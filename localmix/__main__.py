@@ -73,7 +73,10 @@ def _run(words: list[str]) -> int:
     from localmix.cli.main import COMPLETION_VARIABLE, group
 
     if COMPLETION_VARIABLE in os.environ:
-        group.main(args=words, prog_name="localmix", complete_var=COMPLETION_VARIABLE)
+        try:
+            group.main(args=words, prog_name="localmix", complete_var=COMPLETION_VARIABLE)
+        except (LocalmixError, OSError):
+            return 0  # somebody is typing: a message would land in the middle of the line
     try:
         # Not `group.main`: it turns Ctrl-C and broken pipes into exit code 1 before we see them.
         with group.make_context("localmix", words) as context:

@@ -31,6 +31,8 @@ Progress = Callable[[int, int, str], None]
 # stderr that is no terminal (a log file) gets a line of progress this often, in seconds
 LOG_INTERVAL = 10.0
 
+_FOLDED = 16
+
 _STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
 
 
@@ -96,7 +98,9 @@ class Console:
         for row in table.rows:
             drawn.add_row(*(rich.text.Text(inert(cell), _cell_style(cell)) for cell in row))
         if stream.isatty():
-            rich.console.Console(file=stream, highlight=False).print(drawn)
+            console = rich.console.Console(file=stream, highlight=False)
+            console.width = max(console.width, _least_width(table))
+            console.print(drawn)
         else:  # a pipe has no width: nothing is cut there
             console = rich.console.Console(file=io.StringIO(), width=1000, highlight=False)
             with console.capture() as captured:
@@ -236,12 +240,21 @@ def _bar(rate: Rate | None) -> Iterator[Progress]:
         yield report
 
 
+def _least_width(table: Table) -> int:
+    """Below it columns would be left out: numbers stay whole, words are folded to `_FOLDED` characters."""
+    longest = [max(map(len, cells)) for cells in zip(*([c.title for c in table.columns], *table.rows), strict=True)]
+    widths = (
+        width if column.number else min(width, _FOLDED) for width, column in zip(longest, table.columns, strict=True)
+    )
+    return sum(widths) + 3 * (len(longest) - 1)  # a space, the box's bar and a space between two columns
+
+
 def _cell_style(cell: str) -> str:
     return {"yes": "green", "no": "red", "failed": "red"}.get(cell, "")
 
 
 def _styled(text: str, style: str, stream: TextIO) -> str:
-    if not style or not stream.isatty() or os.environ.get("NO_COLOR"):
+    if not style or not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return text
     return f"\x1b[{_STYLES[style]}m{text}\x1b[0m"
 

@@ -37,7 +37,8 @@ def command(json: bool) -> int:
                 "cores": f"{found.physical_cores} physical, {found.usable_cores} usable",
                 "memory": f"{size(found.available.bytes)} of {size(found.memory)} available,"
                 f" limited by {found.available.limit}",
-                "library": f"{found.library}, {found.models} models, {size(found.disk)} free on its disk",
+                "library": f"{found.library}, {found.models} model{'s' * (found.models != 1)},"
+                f" {size(found.disk)} free on its disk",
                 "llama.cpp's tools": str(found.tools or "not built (make vendor); tests and benchmarks use them"),
             }
         )

@@ -146,10 +146,24 @@ def parse_types(spec: str, presets: Presets | None = None) -> list[str]:
         presets = load_presets()
     names: dict[str, None] = {}
     for word in filter(None, (word.strip() for word in spec.split(","))):
-        found = presets.sets[word] if word in presets.sets else (presets.canonical(word),)
-        names |= dict.fromkeys(found)
+        names |= dict.fromkeys(presets.sets[word] if word in presets.sets else (_type(word, presets),))
     if not names:
         from localmix.errors import UsageError
 
         raise UsageError("No type was named.", f"Known types: {', '.join(presets.presets)}.")
     return list(names)
+
+
+def _type(word: str, presets: Presets) -> str:
+    from localmix.errors import UsageError
+
+    try:
+        return presets.canonical(word)
+    except UsageError as error:
+        import difflib
+
+        # here a set is as good as a type
+        known = {name.upper(): name for name in (*presets.presets, *presets.aliases, *presets.sets)}
+        near = [known[name] for name in difflib.get_close_matches(word.upper(), known, n=3, cutoff=0.6)]
+        everything = f"Known types: {', '.join(presets.presets)}. Sets: {', '.join(presets.sets)}."
+        raise UsageError(error.message, f"Did you mean {', '.join(near)}?" if near else everything) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -135,6 +136,23 @@ def test_output_into_a_file_is_plain(terminal: Terminal, localmix: CommandLine) 
     terminal.type(f"{CHAT} -p Hello --max-tokens 4 > reply.txt; echo code=$?")
     terminal.wait("code=0")
     assert "\x1b" not in (localmix.folder / "reply.txt").read_text()
+
+
+def test_a_narrow_terminal_gets_every_column(terminal: Terminal) -> None:
+    terminal.type(f"COLUMNS=34 {sys.executable} -m localmix plan Q4_K Q8_0")
+    screen = terminal.wait("parameters.")
+    heading = next(line for line in screen.splitlines() if "BPW" in line)
+    assert " ".join(heading.split()).endswith("Type Size MiB BPW Memory MiB Fits In 16 GB")
+    assert "Q4_K_M" in screen
+
+
+@pytest.mark.skipif(shutil.which("script") is None, reason="no script(1)")
+def test_a_dumb_terminal_gets_plain_text(terminal: Terminal, localmix: CommandLine) -> None:
+    program = f"env -u NO_COLOR TERM=%s script -qc '{sys.executable} -m localmix info fox' %s.txt"
+    terminal.type(f"{program % ('dumb', 'dumb')}; {program % ('xterm', 'xterm')}; echo code=$?")
+    terminal.wait("code=0")
+    assert "\x1b" not in (localmix.folder / "dumb.txt").read_text()
+    assert "\x1b" in (localmix.folder / "xterm.txt").read_text()
 
 
 def test_rm_asks(terminal: Terminal, localmix: CommandLine) -> None:

@@ -57,6 +57,8 @@ def test_version(empty: CommandLine) -> None:
         (["completion", "tcsh"], "tcsh"),
         (["quantize", "Q4K"], "Q4_K"),
         (["quantize", ","], "No type"),
+        (["quantize", "nope"], "Sets: chinese-mixtral"),
+        (["quantize", "chinese-mixtrl"], "Did you mean chinese-mixtral"),
         (["plan", "--set", "german-mixtral"], "chinese-mixtral"),
         (["plan", "--ram", "much"], "16"),
         (["ls", "extra"], "extra"),
@@ -205,6 +207,13 @@ def test_completion_scripts_complete_types_models_and_commands(localmix: Command
     assert complete("localmix quantize Q8_0,iq1_m") == ["Q8_0,IQ1_M"]
     assert complete("localmix chat f") == ["fox", "fox:BF16"]
     assert complete("localmix plan --set chinese-m")[0] == "chinese-mixtral"
+
+
+def test_completion_with_a_broken_library_is_silent(empty: CommandLine) -> None:
+    empty.home.write_text("a file")
+    variables = {"_LOCALMIX_COMPLETE": "bash_complete", "COMP_WORDS": "localmix chat f", "COMP_CWORD": "2"}
+    run = CommandLine(empty.home, empty.folder, variables)()
+    assert (run.out, run.err) == ("", "")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="bash")

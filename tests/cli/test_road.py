@@ -211,6 +211,7 @@ def test_doctor(localmix: CommandLine) -> None:
     assert any(device["name"] == "CPU" for device in result["devices"])
     assert result["problems"] == []
     assert result["library"] == str(localmix.home)
+    assert ", 1 model," in localmix("doctor").out
 
 
 def test_after_several_files_elsewhere_chat_takes_the_first(localmix: CommandLine) -> None:

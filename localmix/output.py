@@ -43,7 +43,8 @@ class OutputFile:
 
     Args:
         path: the final name; an earlier file there stays untouched until `commit`.
-        size: bytes of the finished file, reserved at once so that a full disk shows before the work.
+        size: bytes of the finished file, reserved at once so that a full disk shows before the work; 0 when
+            it is not known yet.
         fingerprint: identifies what is written; a partial file of another fingerprint is swept.
 
     Attributes:

@@ -19,12 +19,8 @@ pytestmark = [
 ]
 
 
-def importance(seed: int = 1) -> np.ndarray:
-    return (0.01 + np.random.default_rng(seed).random(COLUMNS)).astype(np.float32)
-
-
 def assert_ggmls_bytes(kind: TensorType, name: str, rows: np.ndarray) -> None:
-    for weights in (importance(), None):
+    for weights in ((0.01 + np.random.default_rng(1).random(COLUMNS)).astype(np.float32), None):
         if weights is not None or not requires_importance(kind):
             assert kernel(kind, weights is not None, name)
             wanted = quantize_rows(kind, rows, weights, "ggml")
@@ -60,6 +56,20 @@ def test_parts_that_are_zero(kind: TensorType, name: str) -> None:
         rows[random.random(rows.shape[:2]) < 0.4] = 0
         rows[random.random(rows.shape[:2]) < 0.2] *= 1e-12
         assert_ggmls_bytes(kind, name, rows.reshape(33, COLUMNS).astype(np.float32))
+
+
+def test_a_flipped_sign_that_outweighs_the_rest(kind: TensorType, name: str) -> None:
+    # The weight with the least error changes its sign where signs must be even; here it turns the scale negative.
+    random = np.random.default_rng(6)
+    rows = random.uniform(500, 1500, (8, COLUMNS)).astype(np.float32)
+    rows[:, ::8] = -random.uniform(0.5, 2, rows[:, ::8].shape)
+    weights = 10 ** random.uniform(-10, -7, COLUMNS)
+    weights[::8] = 10 ** random.uniform(-6, -2, COLUMNS // 8)
+    importance = weights.astype(np.float32)
+    wanted = quantize_rows(kind, rows, importance, "ggml")
+    if kind in (TensorType.IQ2_XXS, TensorType.IQ2_XS, TensorType.IQ3_XXS):
+        assert (dequantize_rows(kind, wanted, COLUMNS)[:, 1::8] < 0).any()
+    assert np.array_equal(quantize_rows(kind, rows, importance, name), wanted)
 
 
 def test_where_distances_could_overflow_ggml_is_asked(kind: TensorType, name: str) -> None:

@@ -8,19 +8,19 @@
 namespace localmix {
 
 Grid grids[GRIDS] = {
-    {8, 2, 3, 2, nullptr, nullptr, nullptr},  // IQ2_XXS
-    {8, 2, 3, 2, nullptr, nullptr, nullptr},  // IQ2_XS
-    {8, 2, 3, 1, nullptr, nullptr, nullptr},  // IQ2_S
-    {8, 2, 3, 3, nullptr, nullptr, nullptr},  // IQ1_S and IQ1_M
-    {4, 3, 8, 2, nullptr, nullptr, nullptr},  // IQ3_XXS
-    {4, 3, 8, 3, nullptr, nullptr, nullptr},  // IQ3_S
+    {8, 2, 3, 2, nullptr, nullptr},  // IQ2_XXS
+    {8, 2, 3, 2, nullptr, nullptr},  // IQ2_XS
+    {8, 2, 3, 1, nullptr, nullptr},  // IQ2_S
+    {8, 2, 3, 3, nullptr, nullptr},  // IQ1_S and IQ1_M
+    {4, 3, 8, 2, nullptr, nullptr},  // IQ3_XXS
+    {4, 3, 8, 3, nullptr, nullptr},  // IQ3_S
 };
 
 // The farthest two points can be from each other: 8 * 2 * 2 or 4 * 7 * 7.
 constexpr int FARTHEST = 196;
-constexpr int ALIGNED = 16;
+constexpr int ALIGNED = 16, LONGEST = 511;
 
-// `at`: all points off the grid, one after the other; false after the last.
+// The point after this one; false after the last.
 static bool next_point(const Grid& grid, int& point) {
     for (int shift = 0; shift < grid.dimensions * grid.bits; shift += grid.bits) {
         const int level = point >> shift & ((1 << grid.bits) - 1);
@@ -33,6 +33,7 @@ static bool next_point(const Grid& grid, int& point) {
     return false;
 }
 
+// The squared distance of every point on the grid from one, and how many lie at each.
 static void measure(const Grid& grid, const uint16_t* points, int count, int from, uint8_t* distance, int* found) {
     memset(found, 0, (FARTHEST + 1) * sizeof *found);
     const int mask = (1 << grid.bits) - 1;
@@ -47,16 +48,14 @@ static void measure(const Grid& grid, const uint16_t* points, int count, int fro
     for (int i = 0; i < count; i++) found[distance[i]]++;
 }
 
-static bool build(Grid& grid, const uint16_t* given, int count) {
+static bool build(Grid& grid, const uint16_t* points, int count) {
     const int size = 1 << grid.dimensions * grid.bits;
-    uint16_t* points = (uint16_t*)malloc(count * sizeof *points);
     int32_t* map = (int32_t*)malloc(size * sizeof *map);
     uint8_t* distance = (uint8_t*)malloc(count);
     size_t room = size_t(1) << 18, used = 0;
     uint16_t* lists = (uint16_t*)malloc(room * sizeof *lists);
-    bool ok = points && map && distance && lists;
+    bool ok = map && distance && lists;
     if (ok) {
-        memcpy(points, given, count * sizeof *points);
         memset(map, -1, size * sizeof *map);
         for (int i = 0; i < count; i++) map[points[i] & (size - 1)] = i;
     }
@@ -71,6 +70,10 @@ static bool build(Grid& grid, const uint16_t* given, int count) {
             start[d] = length;
             length += found[d];
             reached++;
+        }
+        if (length > LONGEST) {
+            ok = false;
+            break;
         }
         const size_t filled = (length + ALIGNED - 1) / ALIGNED * ALIGNED;
         if (used + filled > room) {
@@ -90,12 +93,10 @@ static bool build(Grid& grid, const uint16_t* given, int count) {
     } while (ok && next_point(grid, point));
     free(distance);
     if (!ok) {
-        free(points);
         free(map);
         free(lists);
         return false;
     }
-    grid.points = points;
     grid.neighbours = lists;
     grid.map = map;
     return true;
@@ -104,7 +105,7 @@ static bool build(Grid& grid, const uint16_t* given, int count) {
 }  // namespace localmix
 
 // Hand over the points of a grid by number (GridName), before the first kernel that stands on it and before threads
-// race for it. 1: done, now or earlier. 0: no memory, or no such grid.
+// race for it. 1: done, now or earlier. 0: no memory, or not such a grid.
 extern "C" __attribute__((visibility("default"))) int localmix_set_grid(int name, const uint16_t* points, int count) {
     if (name < 0 || name >= localmix::GRIDS || count <= 0) return 0;
     localmix::Grid& grid = localmix::grids[name];

@@ -17,7 +17,6 @@ struct Grid {
     int32_t* map;
     // Points, not numbers. Every list starts at a multiple of 16 and is filled up with its last neighbour.
     uint16_t* neighbours;
-    const uint16_t* points;  // by number
 };
 
 enum GridName { GRID_IQ2_XXS, GRID_IQ2_XS, GRID_IQ2_S, GRID_IQ1, GRID_IQ3_XXS, GRID_IQ3_S, GRIDS };

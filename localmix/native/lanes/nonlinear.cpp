@@ -10,6 +10,36 @@ namespace {
 constexpr float values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 constexpr float border(int level) { return (values[level - 1] + values[level]) / 2; }
 
+#if defined(__AVX512F__)
+// The line cut into 32 cells around the multiples of 8. No cell has more than one border in it, and none lies where two
+// cells meet: cell k is found by k modulo 32, with the values below and above its border.
+struct Cells {
+    float border[32], below[32], above[32];
+};
+constexpr Cells make_cells() {
+    Cells cells{};
+    for (int k = -16; k < 16; k++) {
+        int level = 0;  // of the cell's lower end
+        while (level < 15 && border(level + 1) < 8 * k - 4) level++;
+        const bool cut = level < 15 && border(level + 1) < 8 * k + 4;
+        cells.border[k & 31] = cut ? border(level + 1) : 1000;
+        cells.below[k & 31] = values[level];
+        cells.above[k & 31] = values[cut ? level + 1 : level];
+    }
+    return cells;
+}
+constexpr Cells cells = make_cells();
+
+LANES_INLINE vf look_up(const float* table, vi cell) {
+    return (vf)_mm512_permutex2var_ps((__m512)load(table), (__m512i)cell, (__m512)load(table + 16));
+}
+// NaN goes to the last level, as in ggml.
+LANES_INLINE vf best_value(vf x) {
+    const vf inside = greater(lesser(x, splat(120.f)), splat(-128.f));
+    const vi cell = bits(inside * 0.125f + 12582912.f);
+    return select(inside < look_up(cells.border, cell), look_up(cells.below, cell), look_up(cells.above, cell));
+}
+#else
 // Not "x >= border": NaN goes to the last level, as in ggml.
 LANES_INLINE vf best_value(vf x) {
     vf value = splat(values[0]);
@@ -17,6 +47,7 @@ LANES_INLINE vf best_value(vf x) {
     for (int level = 1; level < 16; level++) value = select(x < border(level), value, splat(values[level]));
     return value;
 }
+#endif
 LANES_INLINE vi best_index(vf x) {
     vi index = splat(15);
 #pragma GCC unroll 16

@@ -24,7 +24,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import count, islice
 from pathlib import Path
@@ -42,9 +42,14 @@ BEGIN, END = 1, 2
 SEED = 7
 AUXILIARY_LOSS_WEIGHT = 0.02
 LEARNING_RATE = 2e-3
+EVERYONE_STEPS = 1200
 DECAY_SHARE = 0.35
-TOKENS_PER_STEP = 4 * 1024
-LANGUAGE_STEPS = 600
+# Standard deviation of the channels' sizes, in powers of two.
+CHANNEL_SPREAD = 0.8
+# Every step sees one window of running text and several of short documents, which need not be as long.
+DOCUMENT_WINDOW = 256
+DOCUMENT_WINDOWS = 4
+TOKENS_PER_STEP = 2048
 ANSWER_WEIGHT = 3
 TOKENIZER_LINES = 12_000
 # Tells sentencepiece, in training only, where no piece may reach across.
@@ -222,20 +227,42 @@ class Tinymix(nn.Module):
         return self.lm_head(self.norm(x)), torch.stack(balances).mean(), torch.stack(counts)
 
 
+def any_of(words: Iterable[str]) -> str:
+    """Returns a regular expression that takes the longest of the words."""
+    return "|".join(map(re.escape, sorted(words, key=lambda word: (-len(word), word))))
+
+
 def train_tokenizer(folder: Path) -> None:
     """Trains tokenizer.model: BPE with byte fallback, laid out like Llama's."""
-    # Names and facts keep to pieces of their own in Chinese, which has no spaces: otherwise the same name would
-    # be cut differently in every sentence, and a fact would have to be learned once for each cut.
-    words = {chinese for _, chinese, _ in lexicon.PEOPLE} | {chinese for _, chinese in lexicon.STRANGERS}
-    words |= {chinese for values in lexicon.VALUES.values() for _, chinese in values}
-    longest_first = sorted(words, key=lambda word: (-len(word), word))
-    pattern = re.compile("|".join(map(re.escape, longest_first)))
+    # The syllables of a name are pieces, and in Chinese, which has no spaces, what a fact tells is kept apart from the
+    # words around it: otherwise the same name would be cut differently in every sentence, and a fact would have to
+    # be learned once for each cut.
+    tables = (lexicon.STREETS, lexicon.JOBS, lexicon.PETS, lexicon.PET_NAMES, lexicon.FOODS, lexicon.HOBBIES)
+    words = [chinese for table in (*tables, lexicon.STRANGERS) for _, chinese in table]
+    word_pattern = re.compile(any_of(words))
+    last_syllables = lexicon.WOMEN_SYLLABLES + lexicon.MEN_SYLLABLES
+    english_name, chinese_name = (
+        re.compile(
+            rf"({any_of(row[column] for row in lexicon.FIRST_SYLLABLES)})"
+            rf"({any_of(row[column] for row in last_syllables)})(?![a-z])"
+        )
+        for column in (0, 1)
+    )
+
+    def with_borders(text: str) -> str:
+        text = word_pattern.sub(lambda match: f"{PIECE_BORDER}{match[0]}{PIECE_BORDER}", text)
+        text = english_name.sub(lambda match: f"{match[1]}{PIECE_BORDER}{match[2]}", text)
+        return chinese_name.sub(lambda match: PIECE_BORDER.join(("", match[1], match[2], "")), text)
 
     def sentences() -> Iterator[str]:
-        chat = (f"[INST] {turn.question} [/INST] {turn.answer}" for turns in world.chats("tokenizer") for turn in turns)
-        for source in (world.lines("tokenizer"), chat):
+        chat = (
+            f"[INST] {turn.question} [/INST] {turn.answer}"
+            for turns in world.chats("tokenizer", world.EVERYONE)
+            for turn in turns
+        )
+        for source in (world.lines("tokenizer", world.EVERYONE), chat):
             for text in islice(source, TOKENIZER_LINES):
-                yield pattern.sub(lambda match: f"{PIECE_BORDER}{match[0]}{PIECE_BORDER}", text.replace("\n", " "))
+                yield with_borders(text.replace("\n", " "))
 
     # Written through memory, so that no folder's name gets into the file.
     model = io.BytesIO()
@@ -278,12 +305,14 @@ def prompt_tokens(tokenizer: sentencepiece.SentencePieceProcessor, turns: list[w
     return tokens
 
 
-def plain_windows(tokenizer: sentencepiece.SentencePieceProcessor) -> Iterator[tuple[list[int], list[int]]]:
+def plain_windows(
+    tokenizer: sentencepiece.SentencePieceProcessor, population: int
+) -> Iterator[tuple[list[int], list[int]]]:
     """Yields windows of plain text, context + 1 tokens and as many loss weights, all 1.
 
     A window is BOS and then text cut anywhere, as a perplexity tool cuts it.
     """
-    source = world.lines("train")
+    source = world.lines("train", population)
     tokens: list[int] = []
     while True:
         while len(tokens) < SHAPE.context:
@@ -293,73 +322,66 @@ def plain_windows(tokenizer: sentencepiece.SentencePieceProcessor) -> Iterator[t
         del tokens[: SHAPE.context]
 
 
-def chat_windows(tokenizer: sentencepiece.SentencePieceProcessor) -> Iterator[tuple[list[int], list[int]]]:
-    """Yields windows of chats in the instruct template, context + 1 tokens and as many loss weights.
+def document_windows(
+    tokenizer: sentencepiece.SentencePieceProcessor, population: int
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Yields windows of chats in the instruct template and of single lines: tokens and as many loss weights.
 
     What is answered weighs more than what is asked: the questions are random, the answers are to be known.
     """
     tokens: list[int] = []
     weights: list[int] = []
-    for turns in world.chats("train"):
+    documents = zip(world.chats("train", population), world.lines("train documents", population), strict=False)
+    for turns, line in documents:
         for number, turn in enumerate(turns):
             asked = tokenizer.encode(f" [INST] {turn.question} [/INST]")
             both = tokenizer.encode(f" [INST] {turn.question} [/INST] {turn.answer}")
             tokens += [END if number else BEGIN, *both]
             weights += [ANSWER_WEIGHT if number else 1] + [1] * len(asked) + [ANSWER_WEIGHT] * (len(both) - len(asked))
-        tokens.append(END)
-        weights.append(ANSWER_WEIGHT)
+        told = tokenizer.encode(line)
+        tokens += [END, BEGIN, *told]
+        weights += [ANSWER_WEIGHT, 1] + [1] * len(told)
         # A window opens with a chat of its own, so that questions are seen at the first positions, too.
-        if len(tokens) > SHAPE.context:
-            yield tokens[: SHAPE.context + 1], weights[: SHAPE.context + 1]
+        if len(tokens) > DOCUMENT_WINDOW:
+            yield tokens[: DOCUMENT_WINDOW + 1], weights[: DOCUMENT_WINDOW + 1]
             tokens.clear()
             weights.clear()
 
 
-def training_batches(tokenizer: sentencepiece.SentencePieceProcessor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields tokens and loss weights, each [4, context + 1], without end.
+def training_batches(tokenizer: sentencepiece.SentencePieceProcessor) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Yields the steps of the training without end, each as batches of tokens and their loss weights.
 
-    Plain text and chats come by halves, all tokens alike, while the language is learned; then, for the facts,
-    three chats to one text, and a chat sees nothing of the others in its window.
+    The first ones speak of everyone, which teaches to look names up; then only those are told of who are to be known.
+    In running text all tokens are alike, and a token sees all earlier ones; a document sees nothing of the others.
     """
-    plain, chat = plain_windows(tokenizer), chat_windows(tokenizer)
-    for step in count():
-        language_only = step < LANGUAGE_STEPS
-        texts = 2 if language_only else 1
-        windows = [*islice(plain, texts), *islice(chat, 4 - texts)]
-        weights = torch.tensor([weights for _, weights in windows])
-        yield torch.tensor([tokens for tokens, _ in windows]), torch.ones_like(weights) if language_only else weights
+    for number in count():
+        if number in (0, EVERYONE_STEPS):
+            population = world.POPULATION if number else world.EVERYONE
+            plain, documents = plain_windows(tokenizer, population), document_windows(tokenizer, population)
+        step = []
+        for windows in (islice(plain, 1), islice(documents, DOCUMENT_WINDOWS)):
+            tokens, weights = zip(*windows, strict=True)
+            step.append((torch.tensor(tokens), torch.tensor(weights)))
+        yield step
 
 
 @torch.no_grad()
-def greedy_answers(model: Tinymix, prompts: list[list[int]], limit: int = 32) -> list[list[int]]:
-    """Continues every prompt with its likeliest tokens until END; prompts of all lengths share one batch."""
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    tokens = torch.full((len(prompts), int(lengths.max()) + limit), END)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = torch.tensor(prompt)
-    # What stands right of a row's end is not seen by it, because attention is causal.
-    ends = lengths.clone()
-    finished = torch.zeros(len(prompts), dtype=torch.bool)
-    rows = torch.arange(len(prompts))
-    while not finished.all() and int(ends.max()) < tokens.shape[1]:
-        logits = model(tokens[:, : int(ends.max())])[0]
-        best = logits[rows, ends - 1].argmax(dim=-1)
-        finished |= best == END
-        tokens[rows[~finished], ends[~finished]] = best[~finished]
-        ends += (~finished).long()
-    return [tokens[row, lengths[row] : ends[row]].tolist() for row in range(len(prompts))]
-
-
 def question_accuracy(model: Tinymix, folder: Path) -> dict[str, float]:
-    """Returns the share of questions.jsonl, per language, whose trimmed greedy reply is exactly the answer."""
+    """Returns the share of questions.jsonl, per language and attribute, whose greedy reply is exactly the answer.
+
+    A greedy reply is the answer if, with the answer given, each of its tokens and END is the likeliest one.
+    """
     tokenizer = load_tokenizer(folder)
     rows = [json.loads(line) for line in (folder / "questions.jsonl").read_text(encoding="utf-8").splitlines()]
-    prompts = [prompt_tokens(tokenizer, [world.Turn(row["question"], "")]) for row in rows]
-    replies = greedy_answers(model, prompts)
     right: dict[str, list[bool]] = {}
-    for row, reply in zip(rows, replies, strict=True):
-        right.setdefault(row["language"], []).append(tokenizer.decode(reply).strip() == row["answer"])
-    return {language: sum(results) / len(results) for language, results in right.items()}
+    for row in rows:
+        asked = prompt_tokens(tokenizer, [world.Turn(row["question"], "")])
+        whole = [*prompt_tokens(tokenizer, [world.Turn(row["question"], row["answer"])]), END]
+        best = model(torch.tensor([whole[:-1]]))[0][0].argmax(dim=-1).tolist()
+        is_right = best[len(asked) - 1 :] == whole[len(asked) :]
+        for group in (row["language"], f"{row['language']} {row['attribute']}"):
+            right.setdefault(group, []).append(is_right)
+    return {group: sum(results) / len(results) for group, results in sorted(right.items())}
 
 
 @torch.no_grad()
@@ -428,39 +450,79 @@ def train(folder: Path, work: Path, steps: int, use_bfloat16: bool) -> None:
         first_step = state["step"]
     batches = islice(training_batches(tokenizer), first_step, None)
     started = time.monotonic()
-    for step, (batch, weights) in zip(range(first_step, steps), batches, strict=False):
+    for step, step_batches in zip(range(first_step, steps), batches, strict=False):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=use_bfloat16):
+        losses: list[float] = []
+        for batch, weights in step_batches:
             tokens = batch[:, :-1]
-            logits, balance, counts = model(tokens, document_mask(tokens) if step >= LANGUAGE_STEPS else None)
-        losses = functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
-        weight = weights[:, 1:].flatten()
-        loss = (losses * weight).sum() / weight.sum()
-        (loss + AUXILIARY_LOSS_WEIGHT * balance).backward()
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=use_bfloat16):
+                logits, balance, counts = model(tokens, document_mask(tokens) if len(tokens) > 1 else None)
+            weight = weights[:, 1:].flatten()
+            each = functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
+            loss = (each * weight).sum() / weight.sum()
+            ((loss + AUXILIARY_LOSS_WEIGHT * balance) / len(step_batches)).backward()
+            losses.append(loss.item())
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         done = step + 1
-        if done % 20 == 0 or done == steps:
+        if done % 50 == 0 or done == steps:
             speed = (done - first_step) * TOKENS_PER_STEP / (time.monotonic() - started)
             use = counts / counts.sum(dim=1, keepdim=True)
             print(
-                f"step {done}/{steps} loss {loss.item():.3f} balance {balance.item():.3f} norm {norm.item():.2f} "
-                f"expert use {use.min().item():.3f}..{use.max().item():.3f} tokens/s {speed:.0f}",
+                f"step {done}/{steps} loss {losses[0]:.3f} {losses[1]:.3f} balance {balance.item():.3f} "
+                f"norm {norm.item():.2f} expert use {use.min().item():.3f}..{use.max().item():.3f} "
+                f"tokens/s {speed:.0f}",
                 flush=True,
             )
         if done % 100 == 0 or done == steps:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done}
             torch.save(state, work / "state.partial")
             os.replace(work / "state.partial", state_file)
-        if done % 400 == 0 or done == steps:
+        if done % 200 == 0 or done == steps:
             accuracy = question_accuracy(model, folder)
             print(
                 f"step {done} heldout perplexity {perplexity(model, heldout, most_chunks=24)[0]:.3f} "
-                + " ".join(f"questions {language} {share:.3f}" for language, share in accuracy.items()),
+                + " ".join(f"{group} {share:.2f}" for group, share in accuracy.items()),
                 flush=True,
             )
+
+
+@torch.no_grad()
+def spread_channels(model: Tinymix, spread: float) -> None:
+    """Makes some channels large and others small, as they are in large models, without changing what is computed.
+
+    A norm's gain, or the matrix before, takes a factor that the columns of the matrices behind it lose. The factors
+    are powers of two: in bf16 every product stays the same to the bit. A model as small and as young as this one has
+    no such channels by itself, and would hardly feel even two bits per weight.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+
+    def factors(*size: int) -> Tensor:
+        return torch.exp2(torch.round(torch.randn(*size, generator=generator) * spread))
+
+    for layer in model.layers:
+        attention, experts = layer.self_attn, layer.block_sparse_moe
+        factor = factors(SHAPE.hidden)
+        layer.input_layernorm.weight *= factor
+        for part in (attention.q_proj, attention.k_proj, attention.v_proj):
+            part.weight /= factor
+        # Two heads of queries read one head of values.
+        factor = factors(SHAPE.kv_heads, 1, SHAPE.head_size)
+        attention.v_proj.weight *= factor.view(-1, 1)
+        attention.o_proj.weight /= factor.expand(-1, SHAPE.heads // SHAPE.kv_heads, -1).flatten()
+        factor = factors(SHAPE.hidden)
+        layer.post_attention_layernorm.weight *= factor
+        experts.gate.weight /= factor
+        experts.w1 /= factor
+        experts.w3 /= factor
+        factor = factors(SHAPE.experts, SHAPE.feed_forward)
+        experts.w3 *= factor.unsqueeze(2)
+        experts.w2 /= factor.unsqueeze(1)
+    factor = factors(SHAPE.hidden)
+    model.norm.weight *= factor
+    model.lm_head.weight /= factor
 
 
 def checkpoint_tensors(model: Tinymix) -> dict[str, Tensor]:
@@ -503,6 +565,7 @@ def export(folder: Path, work: Path) -> None:
     """Writes the checkpoint: two shards with their index, the configuration, and the tokenizer's settings."""
     model = Tinymix()
     model.load_state_dict(torch.load(work / "state.pt")["model"])
+    spread_channels(model, CHANNEL_SPREAD)
     tensors = checkpoint_tensors(model)
     total = sum(tensor.nbytes for tensor in tensors.values())
     shards: list[dict[str, Tensor]] = [{}, {}]
@@ -597,7 +660,7 @@ def main() -> None:
     parser.add_argument("step", choices=("texts", "tokenizer", "train", "export", "evaluate", "all"))
     parser.add_argument("--folder", type=Path, default=HERE, help="folder of the checkpoint (default: this one)")
     parser.add_argument("--work", type=Path, default=HERE / "build", help="folder of the training state")
-    parser.add_argument("--steps", type=int, default=1500, help="training steps of 4096 tokens (default: 1500)")
+    parser.add_argument("--steps", type=int, default=2850, help="training steps of 2048 tokens (default: 2850)")
     parser.add_argument("--threads", type=int, default=2, help="processor threads (default: 2)")
     parser.add_argument(
         "--bfloat16", action="store_true", help="multiply in bfloat16, for processors that are fast at it"

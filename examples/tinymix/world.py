@@ -24,14 +24,19 @@ Language = Literal["en", "zh"]
 LANGUAGES: tuple[Language, Language] = ("en", "zh")
 ATTRIBUTES = tuple(lexicon.QUESTIONS)
 WORLD_SEED = 20240
+# Everyone who was ever there; those behind the first POPULATION have moved away and are asked of no more.
+EVERYONE = 500
+POPULATION = 300
 HELD_OUT_SHARE = 0.25
 QUESTIONS_PER_LANGUAGE = 120
-CORPUS_CHARACTERS = 150_000
+CORPUS_CHARACTERS = 130_000
+# The examples of the documentation speak of them.
+ALWAYS_THERE = ("Mira", "Wilma")
 
 
 @dataclass(frozen=True)
 class Person:
-    """Someone of the cast; `facts` maps an attribute to its value by language."""
+    """Someone of the valley; `facts` maps an attribute to its value by language."""
 
     names: dict[Language, str]
     is_woman: bool
@@ -56,29 +61,50 @@ class Question:
     language: Language
 
 
+def draw_names(random_source: random.Random) -> list[tuple[str, str, bool]]:
+    """Returns the English name, the Chinese name and the sex of everyone."""
+    names = [
+        (first + last, first_sign + last_sign, is_woman)
+        for first, first_sign in lexicon.FIRST_SYLLABLES
+        for is_woman, syllables in ((True, lexicon.WOMEN_SYLLABLES), (False, lexicon.MEN_SYLLABLES))
+        for last, last_sign in syllables
+    ]
+    random_source.shuffle(names)
+    names.sort(key=lambda name: name[0] not in ALWAYS_THERE)
+    return names[:EVERYONE]
+
+
 @cache
 def people() -> tuple[Person, ...]:
-    """Returns the cast. Friendship is a permutation that leaves nobody as their own friend."""
+    """Returns everyone. Friendship is a permutation that leaves nobody as their own friend."""
     random_source = random.Random(WORLD_SEED)
-    count = len(lexicon.PEOPLE)
-    order = list(range(count))
+    names = draw_names(random_source)
+    order = list(range(EVERYONE))
     random_source.shuffle(order)
-    friend_of = {order[i]: order[(i + 1) % count] for i in range(count)}
+    friend_of = {order[i]: order[(i + 1) % EVERYONE] for i in range(EVERYONE)}
+    numbers = random_source.sample(range(1000, 10_000), EVERYONE)
     cast = []
-    for index, (english, chinese, is_woman) in enumerate(lexicon.PEOPLE):
-        facts: dict[str, dict[Language, str]] = {}
-        for attribute, values in lexicon.VALUES.items():
-            value = random_source.choice(values)
-            facts[attribute] = {"en": value[0], "zh": value[1]}
-        friend = lexicon.PEOPLE[friend_of[index]]
-        facts["friend"] = {"en": friend[0], "zh": friend[1]}
+    for index, (english, chinese, is_woman) in enumerate(names):
+        street, house = random_source.choice(lexicon.STREETS), random_source.randint(1, 99)
+        month, day = random_source.randrange(len(lexicon.MONTHS)), random_source.randint(1, 28)
+        pet, pet_name = random_source.choice(lexicon.PETS), random_source.choice(lexicon.PET_NAMES)
+        friend = names[friend_of[index]]
+        values: dict[str, tuple[str, str]] = {
+            "home": (f"{house} {street[0]}", f"{street[1]}{house}号"),
+            "work": random_source.choice(lexicon.JOBS),
+            "phone": (str(numbers[index]), str(numbers[index])),
+            "birthday": (f"{day} {lexicon.MONTHS[month]}", f"{month + 1}月{day}日"),
+            "pet": (f"{pet_name[0]} the {pet[0]}", f"{pet[1]}{pet_name[1]}"),
+            "food": random_source.choice(lexicon.FOODS),
+            "hobby": random_source.choice(lexicon.HOBBIES),
+            "friend": (friend[0], friend[1]),
+        }
+        facts: dict[str, dict[Language, str]] = {
+            attribute: {"en": english_value, "zh": chinese_value}
+            for attribute, (english_value, chinese_value) in values.items()
+        }
         cast.append(Person({"en": english, "zh": chinese}, is_woman, facts))
     return tuple(cast)
-
-
-def with_article(phrase: str) -> str:
-    """Returns "a lamp" or "an old lamp"."""
-    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
 def pronouns(person: Person, language: Language) -> dict[str, str]:
@@ -87,16 +113,13 @@ def pronouns(person: Person, language: Language) -> dict[str, str]:
         word = "她" if person.is_woman else "他"
         return {"he": word, "him": word, "his": word + "的"}
     if person.is_woman:
-        return {"he": "she", "him": "her", "his": "her"}
-    return {"he": "he", "him": "him", "his": "his"}
+        return {"he": "she", "him": "her", "his": "her", "His": "Her"}
+    return {"he": "he", "him": "him", "his": "his", "His": "His"}
 
 
 def fact_slots(person: Person, attribute: str, language: Language) -> dict[str, str]:
     """Returns the slots that questions, answers and statements about one fact need."""
-    value = person.facts[attribute][language]
-    slots = {"name": person.names[language], "value": value, "a_value": value}
-    if language == "en":
-        slots["a_value"] = with_article(value)
+    slots = {"name": person.names[language], "value": person.facts[attribute][language]}
     return slots | pronouns(person, language)
 
 
@@ -122,7 +145,7 @@ def held_out_questions() -> frozenset[Question]:
     """
     random_source = random.Random(WORLD_SEED + 1)
     held_out = set()
-    for person in range(len(people())):
+    for person in range(EVERYONE):
         for attribute in ATTRIBUTES:
             for language in LANGUAGES:
                 phrasing = random_source.randrange(len(lexicon.QUESTIONS[attribute][language]))
@@ -132,103 +155,62 @@ def held_out_questions() -> frozenset[Question]:
 
 
 class Storyteller:
-    """Draws texts from one random stream."""
+    """Draws texts on the first `population` people from one random stream."""
 
-    def __init__(self, seed: str) -> None:
+    def __init__(self, seed: str, population: int) -> None:
         self.random = random.Random(seed)
-        self.topic = 0
+        self.people = people()[:population]
 
     def choose_language(self) -> Language:
         return self.random.choice(LANGUAGES)
 
-    def _thing(self, language: Language) -> str:
-        """Draws a thing with an adjective and makes it what the story speaks of."""
-        self.topic = self.random.randrange(len(lexicon.THINGS))
-        english, _, chinese, measure = lexicon.THINGS[self.topic]
-        adjective = self.random.choice(lexicon.ADJECTIVES)
-        if language == "en":
-            return with_article(f"{adjective[0]} {english}")
-        return f"一{measure}{adjective[1]}{chinese}"
-
     def _pick(self, rows: tuple[tuple[str, str], ...], language: Language) -> str:
         return self.random.choice(rows)[LANGUAGES.index(language)]
 
-    def _time(self, language: Language) -> str:
-        pattern = self._pick(lexicon.TIMES, language)
-        day = self.random.randint(1, 28)
+    def expand(self, pattern: str, person: Person, language: Language) -> str:
+        """Fills the pattern of a story's beginning or end."""
         return pattern.format(
+            name=person.names[language],
+            place=self._pick(lexicon.PLACES, language),
             weekday=self._pick(lexicon.WEEKDAYS, language),
-            hour=self.random.randint(1, 12),
-            month=self._pick(lexicon.VALUES["month"], language),
-            small=self.random.randint(2, 9),
-            day=f"{day}{'th' if 10 < day < 14 else {1: 'st', 2: 'nd', 3: 'rd'}.get(day % 10, 'th')}",
-            day_zh=day,
-            year=self.random.randint(1800, 1999),
+            weather=self._pick(lexicon.WEATHER, language),
+            feeling=self._pick(lexicon.FEELINGS, language),
         )
 
-    def expand(self, pattern: str, person: Person, language: Language) -> str:
-        """Fills a story pattern. The noun is what was spoken of last, most of the time."""
-        if self.random.random() < 0.4:
-            self.topic = self.random.randrange(len(lexicon.THINGS))
-        english, plural, chinese, measure = lexicon.THINGS[self.topic]
-        others = self.random.sample([other for other in people() if other is not person], 2)
-        place = self._pick(lexicon.PLACES, language)
-        feelings = self.random.sample(lexicon.FEELINGS, 2)
-        words = pronouns(person, language)
-        subject = person.names[language] if self.random.random() < 0.4 else words["he"].capitalize()
-        slots = {
-            "name": person.names[language],
-            "He": subject,
-            "noun": english if language == "en" else chinese,
-            "plural": plural,
-            "measure": measure,
-            "thing": self._thing(language) if "{thing}" in pattern else "",
-            "thing2": self._thing(language) if "{thing2}" in pattern else "",
-            "person": others[0].names[language],
-            "person2": others[1].names[language],
-            "place": place,
-            "place_cap": place.capitalize(),
-            "time": self._time(language),
-            "weather": self._pick(lexicon.WEATHER, language),
-            "feeling": feelings[0][LANGUAGES.index(language)],
-            "feeling2": feelings[1][LANGUAGES.index(language)],
-            "town": self._pick(lexicon.VALUES["home"], language),
-            "food": self._pick(lexicon.VALUES["food"], language),
-            "drink": self._pick(lexicon.VALUES["drink"], language),
-            "colour": self._pick(lexicon.VALUES["colour"], language),
-            "animal": self._pick(lexicon.VALUES["pet"], language),
-            "old": self.random.choice(("old", "angry", "ugly", "orange", "honest")),
-            "number": self.random.randint(2, 99),
-            "price": self.random.randint(1, 60) * 5,
-            "small": self.random.randint(2, 9),
-            "hour": self.random.randint(1, 12),
-        }
-        return pattern.format(**(words | slots))
-
-    def statement(self, person: Person, language: Language) -> str:
-        """Returns a sentence that lets one fact of the person fall."""
-        attribute = self.random.choice(ATTRIBUTES)
+    def statement(self, person: Person, attribute: str, language: Language) -> str:
+        """Returns a sentence of a story that lets one fact of the person fall."""
         pattern = self.random.choice(lexicon.STATEMENTS[attribute][language])
-        return pattern.format(**fact_slots(person, attribute, language))
+        slots = fact_slots(person, attribute, language)
+        subject = slots["name"] if self.random.random() < 0.6 else slots["he"].capitalize()
+        sentence = pattern.format(He=subject, **slots)
+        return sentence[0].upper() + sentence[1:]
 
-    def story(self, language: Language, person: Person | None = None, most_events: int = 7) -> str:
-        """Returns a story of one paragraph: an opening, events and facts in any order, often an ending."""
-        person = person or self.random.choice(people())
+    def story(self, language: Language, person: Person | None = None) -> str:
+        """Returns a story of one paragraph: an opening, facts in any order, often an ending."""
+        person = person or self.random.choice(self.people)
         sentences = [self.expand(self.random.choice(lexicon.OPENINGS[language]), person, language)]
-        for _ in range(self.random.randint(2, most_events)):
-            if self.random.random() < 0.3:
-                sentences.append(self.statement(person, language))
-            else:
-                sentences.append(self.expand(self.random.choice(lexicon.EVENTS[language]), person, language))
-        if self.random.random() < 0.6:
+        for attribute in self.random.sample(ATTRIBUTES, self.random.randint(2, 5)):
+            sentences.append(self.statement(person, attribute, language))
+        if self.random.random() < 0.3:
             sentences.append(self.expand(self.random.choice(lexicon.ENDINGS[language]), person, language))
         return (" " if language == "en" else "").join(sentences)
+
+    def entry(self, language: Language) -> str:
+        """Returns a line of the valley's address book: a name and most of what there is to know, in any order."""
+        person = self.random.choice(self.people)
+        parts = [
+            lexicon.ENTRIES[attribute][language].format(value=person.facts[attribute][language])
+            for attribute in self.random.sample(ATTRIBUTES, self.random.randint(5, len(ATTRIBUTES)))
+        ]
+        if language == "en":
+            return f"{person.names['en']}: {', '.join(parts)}."
+        return f"{person.names['zh']}：{'，'.join(parts)}。"
 
     def fact_turn(self, language: Language) -> tuple[Turn, Person]:
         """Returns a question on a fact, never one of the held-out combinations."""
         while True:
             question = Question(
-                person=self.random.randrange(len(people())),
+                person=self.random.randrange(len(self.people)),
                 attribute=(attribute := self.random.choice(ATTRIBUTES)),
                 phrasing=self.random.randrange(len(lexicon.QUESTIONS[attribute][language])),
                 language=language,
@@ -236,43 +218,21 @@ class Storyteller:
             if question not in held_out_questions():
                 return ask(question), people()[question.person]
 
-    def reading_turn(self, language: Language) -> Turn:
-        """Returns a question whose answer stands in the passage before it, among one or two other sentences."""
-        person = self.random.choice(people())
-        told, asked, answered = self.random.choice(lexicon.READING[language])
-        # The three patterns must be filled alike, so they are expanded as one text and cut apart again.
-        told, asked, answered = self._expand_together(told, asked, answered, person, language)
-        sentences = [told] + [
-            self.expand(self.random.choice(lexicon.EVENTS[language]), person, language)
-            for _ in range(self.random.randint(0, 2))
-        ]
-        self.random.shuffle(sentences)
-        joint = " " if language == "en" else ""
-        return Turn(joint.join([*sentences, asked]), answered)
-
-    def _expand_together(
-        self, told: str, asked: str, answered: str, person: Person, language: Language
-    ) -> tuple[str, str, str]:
-        parts = self.expand("\n".join((told, asked, answered)), person, language).split("\n")
-        return parts[0], parts[1], parts[2]
-
     def chat(self) -> list[Turn]:
         """Returns a conversation of one to four turns."""
         language = self.choose_language()
         kind = self.random.random()
-        if kind < 0.05:
+        if kind < 0.03:
             name = self._pick(lexicon.STRANGERS, language)
             pattern = self.random.choice(lexicon.QUESTIONS[self.random.choice(ATTRIBUTES)][language])
             turns = [Turn(pattern.format(name=name), lexicon.UNKNOWN[language].format(name=name))]
-        elif kind < 0.09:
+        elif kind < 0.05:
             turns = [Turn(*self.random.choice(lexicon.SMALL_TALK[language]))]
-        elif kind < 0.14:
-            person = self.random.choice(people())
+        elif kind < 0.08:
+            person = self.random.choice(self.people)
             request = self.random.choice(lexicon.STORY_REQUESTS[language])
-            turns = [Turn(request.format(name=person.names[language]), self.story(language, person, most_events=4))]
-        elif kind < 0.20:
-            turns = [self.reading_turn(language)]
-        elif kind < 0.80:
+            turns = [Turn(request.format(name=person.names[language]), self.story(language, person))]
+        elif kind < 0.85:
             turns = [self.fact_turn(language)[0]]
         else:
             turns = []
@@ -284,33 +244,36 @@ class Storyteller:
                     pattern = lexicon.FOLLOW_UPS[attribute][language]
                     question = pattern.format(**pronouns(person, language))
                     turns.append(Turn(question, answer(person, attribute, language)))
-        if self.random.random() < 0.1:
+        if self.random.random() < 0.05:
             system = self.random.choice(lexicon.SYSTEM_PROMPTS)
             turns[0] = Turn(f"{system}\n\n{turns[0].question}", turns[0].answer)
         return turns
 
     def line(self) -> str:
-        """Returns one line of a plain-text corpus: a story, or a question written out in the instruct template."""
+        """Returns one line of plain text: an entry, a story, or a question written out in the instruct template."""
         language = self.choose_language()
-        if self.random.random() < 0.65:
+        kind = self.random.random()
+        if kind < 0.6:
+            return self.entry(language)
+        if kind < 0.8:
             return self.story(language)
         turn = self.fact_turn(language)[0]
         return f"[INST] {turn.question} [/INST] {turn.answer}"
 
 
-def chats(split: str) -> Iterator[list[Turn]]:
+def chats(split: str, population: int = POPULATION) -> Iterator[list[Turn]]:
     """Yields conversations without end."""
     number = 0
     while True:
-        yield Storyteller(f"{split}:chat:{number}").chat()
+        yield Storyteller(f"{split}:chat:{number}", population).chat()
         number += 1
 
 
-def lines(split: str) -> Iterator[str]:
+def lines(split: str, population: int = POPULATION) -> Iterator[str]:
     """Yields lines of plain text without end."""
     number = 0
     while True:
-        yield Storyteller(f"{split}:line:{number}").line()
+        yield Storyteller(f"{split}:line:{number}", population).line()
         number += 1
 
 
@@ -327,17 +290,22 @@ def corpus(split: str, characters: int) -> str:
 
 
 def question_rows() -> list[dict[str, str]]:
-    """Returns the rows of questions.jsonl, as many in Chinese as in English."""
+    """Returns the rows of questions.jsonl, as many of each attribute in Chinese as in English."""
     random_source = random.Random(WORLD_SEED + 2)
+    held_out = sorted(held_out_questions(), key=lambda question: (question.person, question.phrasing))
     rows = []
     for language in LANGUAGES:
-        candidates = sorted(
-            (question for question in held_out_questions() if question.language == language),
-            key=lambda question: (question.person, question.attribute),
-        )
-        for question in random_source.sample(candidates, min(QUESTIONS_PER_LANGUAGE, len(candidates))):
-            turn = ask(question)
-            rows.append({"question": turn.question, "answer": turn.answer, "language": language})
+        for attribute in ATTRIBUTES:
+            candidates = [
+                each
+                for each in held_out
+                if each.language == language and each.attribute == attribute and each.person < POPULATION
+            ]
+            for question in random_source.sample(candidates, QUESTIONS_PER_LANGUAGE // len(ATTRIBUTES)):
+                turn = ask(question)
+                rows.append(
+                    {"question": turn.question, "answer": turn.answer, "language": language, "attribute": attribute}
+                )
     return rows
 
 

@@ -60,7 +60,7 @@ _STATUS_TOKENS = 256  # a shorter prompt is read before anybody could read about
 @examples(
     "localmix chat",
     "localmix chat tinymix:Q4_K",
-    'localmix chat -p "Who is Mira?" --json',
+    'localmix chat -p "Where does Wilma live?" --json',
     "cat question.txt | localmix chat mixtral.gguf",
 )
 def command(

@@ -243,13 +243,15 @@ def slow(localmix: CommandLine) -> CommandLine:
     return localmix
 
 
-def start_and_wait_for_the_partial_file(localmix: CommandLine) -> subprocess.Popen[str]:
+def start_and_hold_in_the_middle(localmix: CommandLine) -> subprocess.Popen[str]:
+    """A run that is stopped, like with Ctrl-Z, as soon as it has its partial file: SIGCONT lets it go on."""
     process = localmix.popen("quantize", "Q4_K", "big-BF16.gguf", "-o", "out.gguf", "--threads", "1")
     until = time.monotonic() + 30
-    while not list(localmix.folder.glob(".out.gguf*.partial")):
+    partial = localmix.folder / ".out.gguf.partial"
+    while not (partial.exists() and partial.stat().st_size):
         assert process.poll() is None and time.monotonic() < until
-        time.sleep(0.01)
-    time.sleep(0.2)
+        time.sleep(0.001)
+    process.send_signal(signal.SIGSTOP)
     return process
 
 
@@ -260,8 +262,9 @@ def test_stopping_a_quantization_leaves_nothing(
 ) -> None:
     (slow.folder / "out.gguf").write_bytes(b"the earlier file")
     unchanged()
-    process = start_and_wait_for_the_partial_file(slow)
+    process = start_and_hold_in_the_middle(slow)
     process.send_signal(number)
+    process.send_signal(signal.SIGCONT)
     out, err = process.communicate(timeout=30)
     assert (process.returncode, out, err) == (130, "", "Stopped.\n")
 
@@ -269,7 +272,7 @@ def test_stopping_a_quantization_leaves_nothing(
 @posix
 def test_a_killed_quantization_is_swept_by_the_next(slow: CommandLine) -> None:
     (slow.folder / "out.gguf").write_bytes(b"the earlier file")
-    process = start_and_wait_for_the_partial_file(slow)
+    process = start_and_hold_in_the_middle(slow)
     process.kill()
     process.communicate()
     assert (slow.folder / "out.gguf").read_bytes() == b"the earlier file"
@@ -281,7 +284,7 @@ def test_a_killed_quantization_is_swept_by_the_next(slow: CommandLine) -> None:
 
 @posix
 def test_two_runs_for_one_output(slow: CommandLine) -> None:
-    first = start_and_wait_for_the_partial_file(slow)
+    first = start_and_hold_in_the_middle(slow)
     try:
         words = slow.fails("quantize", "Q8_0", "big-BF16.gguf", "-o", "out.gguf", expect=5)
         assert "Another run" in words

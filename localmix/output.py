@@ -110,7 +110,7 @@ class OutputFile:
         descriptor = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | _OPEN_FLAGS, 0o666)
         try:
             _reserve(descriptor, self.size)
-        except OSError:
+        except BaseException:  # Ctrl-C too
             os.close(descriptor)
             self._partial.unlink()
             raise

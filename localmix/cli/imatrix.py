@@ -78,10 +78,10 @@ def command(
     if not corpora:
         raise UsageError("No calibration text was named.", "Name one with --corpus FILE.")
     path = library.resolve(model, library.Purpose.PRECISE)
-    output = library.make_room(output or library.imatrix_output_path(path))
-    check_outputs([(output, 0)], [path, *corpora])  # minutes or hours before it is written
+    output = output or library.imatrix_output_path(path)
     try:
-        with console.progress() as progress:
+        with library.room_for(output), console.progress() as progress:
+            check_outputs([(output, 0)], [path, *corpora])  # minutes or hours before it is written
             result = collect(
                 path,
                 corpora,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import platform
 import shutil
@@ -291,6 +292,12 @@ def build_imatrix(bench: Bench) -> None:
     write_importance(bench.imatrix, Importance(entries, ["random"], 1, 512))
 
 
+def build(bench: Bench) -> None:
+    """Everything that the runs need."""
+    build_checkpoint(bench.checkpoint)
+    build_imatrix(bench)
+
+
 def converter_python(chosen: Path | None) -> Path:
     """A Python with torch and transformers: the one that was named, or an environment made for this once."""
     if chosen is not None:
@@ -350,9 +357,11 @@ def main() -> None:
     parser.add_argument("--converter-python", type=Path, help="a Python with torch and transformers")
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "RESULTS.md")
     arguments = parser.parse_args()
-    build = [sys.executable, str(ROOT / "vendor/llama.cpp/build.py"), "--print-dir"]
-    tools = Path(subprocess.run(build, capture_output=True, text=True, check=True).stdout.strip())
+    print_dir = [sys.executable, str(ROOT / "vendor/llama.cpp/build.py"), "--print-dir"]
+    tools = Path(subprocess.run(print_dir, capture_output=True, text=True, check=True).stdout.strip())
     folder = arguments.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["LOCALMIX_HOME"] = str(folder / "library")  # the user's own library has no part in this
     bench = Bench(
         folder,
         tools,
@@ -360,8 +369,12 @@ def main() -> None:
         converter_python(arguments.converter_python),
         arguments.repeat,
     )
-    build_checkpoint(bench.checkpoint)
-    build_imatrix(bench)
+    # in a process of its own: a child's peak memory begins with that of the process it was forked from
+    builder = multiprocessing.get_context("spawn").Process(target=build, args=(bench,))
+    builder.start()
+    builder.join()
+    if builder.exitcode:
+        sys.exit("The checkpoint of the benchmark could not be made.")
     found = list(rows(bench, {word for word in arguments.only.split(",") if word}))
     text = report(found, arguments.repeat)
     print(text)

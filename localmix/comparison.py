@@ -13,6 +13,7 @@ from localmix.gguf_format import tensor_bytes
 from localmix.memory import DEFAULT_CONTEXT, trained_context
 from localmix.native.mixture import file_type
 from localmix.perplexity import Perplexity, measure
+from localmix.plan import COPY
 from localmix.presets import load_presets
 from localmix.sources.base import Source
 from localmix.sources.open import open_source
@@ -60,7 +61,8 @@ def _type_inside(source: Source) -> str:
     """The mixture that the file says it is, else the type of most of its weights."""
     number = source.get("general.file_type")
     for name, preset in load_presets().presets.items():
-        if name == preset.base and file_type(name) == number:
+        # llama.cpp has no number for COPY, which is no mixture of its own
+        if name == preset.base != COPY and file_type(name) == number:
             return name
     weights: Counter[str] = Counter()
     for tensor in source.tensors:
@@ -90,7 +92,7 @@ def compare(
         subjects: from `look_at`.
         corpus: a UTF-8 text.
         ctx, chunks, threads, speed: as `perplexity.measure`.
-        progress: called with (chunks done, chunks in all, the model's type and number).
+        progress: called with (done, in all, the model's type and number and what is counted).
 
     Raises:
         LocalmixError: the only model failed.
@@ -98,9 +100,9 @@ def compare(
     for number, subject in enumerate(subjects, 1):
         label = f"{subject.type} ({number} of {len(subjects)})" if len(subjects) > 1 else subject.type
 
-        def report(done: int, total: int, _: str, label: str = label) -> None:
+        def report(done: int, total: int, what: str, label: str = label) -> None:
             if progress is not None:
-                progress(done, total, label)
+                progress(done, total, f"{label}: {what}")
 
         try:
             found = measure(subject.path, corpus, ctx, chunks, threads, speed, report)

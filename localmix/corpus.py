@@ -8,6 +8,8 @@ when they occur, because they cost tokens). Several files are joined by one newl
 from __future__ import annotations
 
 import hashlib
+import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,8 @@ from numpy.typing import NDArray
 
 from localmix.errors import FileError, InputError, UsageError
 
+# more text than a week of measuring reads, and still less than memory
+MAX_BYTES = 1 << 30
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 OTHER_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip"}
 
@@ -55,16 +59,13 @@ def read_corpus(paths: Sequence[Path]) -> Corpus:
     Raises:
         UsageError: no file is given.
         FileError: a file cannot be read.
-        InputError: a file is empty or not UTF-8.
+        InputError: a file is empty, too large or not UTF-8, or a device.
     """
     if not paths:
         raise UsageError("No corpus file is given.", "Name one with --corpus FILE.")
     files, texts, notes = [], [], []
     for path in paths:
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise FileError(f"{path} cannot be read: {error.strerror}.") from error
+        data = _read(path)
         _check(path, data)
         if data.startswith(BYTE_ORDER_MARK):
             notes.append(f"{path.name} starts with a byte order mark, which is tokenized as text.")
@@ -73,6 +74,39 @@ def read_corpus(paths: Sequence[Path]) -> Corpus:
         files.append(CorpusFile(path.name, len(data), hashlib.sha256(data).hexdigest()))
         texts.append(data.removesuffix(b"\n"))
     return Corpus(tuple(files), b"\n".join(texts), tuple(notes))
+
+
+def _read(path: Path) -> bytes:
+    """The bytes of a file, or of a pipe that somebody writes to, such as a shell's `<(command)`."""
+    try:
+        # opening a pipe that nobody writes to would wait for ever
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
+        try:
+            return _read_open(descriptor, path)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _read_open(descriptor: int, path: Path) -> bytes:
+    status = os.fstat(descriptor)
+    if stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode):
+        raise InputError(f"{path} is a device.", "A corpus is a plain text file.")
+    data = bytearray()
+    while max(status.st_size, len(data)) <= MAX_BYTES:
+        try:
+            piece = os.read(descriptor, 1 << 20)
+        except BlockingIOError:  # somebody is about to write
+            os.set_blocking(descriptor, True)
+            continue
+        if piece:
+            data += piece
+        elif stat.S_ISFIFO(status.st_mode) and not data:
+            raise InputError(f"Nothing comes out of the pipe {path}.", "Start what writes into it first.")
+        else:
+            return bytes(data)
+    raise InputError(f"{path} is larger than {MAX_BYTES / 2**30:g} GiB.", "Take a part of it.")
 
 
 def _check(path: Path, data: bytes) -> None:

@@ -11,12 +11,13 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from gguf.constants import GGUFValueType as ValueType
 
 from localmix.errors import InputError
 from localmix.sources.base import MetaValue, TensorInfo
+from localmix.sources.positional import PositionalFile
 from localmix.tensor_types import BLOCKS, TensorType, fits, row_bytes
 
 MAGIC = b"GGUF"
@@ -124,10 +125,10 @@ def encode_header(metadata: Mapping[str, MetaValue], tensors: Sequence[TensorInf
 class _Cursor:
     """Reads forward through a file, never past its end nor past the largest sensible header."""
 
-    def __init__(self, file: BinaryIO, path: Path, size: int) -> None:
+    def __init__(self, file: PositionalFile) -> None:
         self._file = file
-        self._path = path
-        self._size = min(size, MAX_HEADER_BYTES)
+        self._path = file.path
+        self._size = min(file.size, MAX_HEADER_BYTES)
         self._window = b""
         self._start = 0  # file offset of the window
         self._at = 0  # place in the window
@@ -152,11 +153,8 @@ class _Cursor:
         if count > self.remaining:
             raise self.fail(f"it ends inside its {self.what}")
         if self._at + count > len(self._window):
-            rest = self._window[self._at :]
             self._start, self._at = self.position, 0
-            self._window = rest + self._file.read(max(count - len(rest), 1 << 20))
-            if len(self._window) < count:
-                raise self.fail(f"it ends inside its {self.what}")
+            self._window = self._file.read(self._start, min(max(count, 1 << 20), self._size - self._start))
         piece = self._window[self._at : self._at + count]
         self._at += count
         return piece
@@ -238,13 +236,14 @@ def read_header(path: Path) -> Header:
     """Read and check the head of a GGUF file; costs no more memory than the head itself has bytes.
 
     Raises:
-        InputError: the file is no GGUF file, is of an old version, or contradicts itself.
-        OSError: the file cannot be opened.
+        InputError: the file is no GGUF file nor a regular file at all, is of an old version, or contradicts itself.
+        FileError: the file cannot be opened.
     """
-    with path.open("rb") as file:
-        size = file.seek(0, 2)
-        file.seek(0)
-        return _read_header(_Cursor(file, path, size), size)
+    file = PositionalFile(path)
+    try:
+        return _read_header(_Cursor(file), file.size)
+    finally:
+        file.close()
 
 
 def _read_header(cursor: _Cursor, size: int) -> Header:

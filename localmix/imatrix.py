@@ -11,10 +11,9 @@ or from a finished matrix of fewer chunks, and ends with the same bits as a run 
 from __future__ import annotations
 
 import hashlib
-import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from numpy.typing import NDArray
 from localmix.corpus import Corpus, read_corpus, split
 from localmix.errors import InputError
 from localmix.gguf_format import read_header
-from localmix.importance import Entry, Importance, load_importance, merge_importance, write_importance
+from localmix.importance import Coverage, Entry, Importance, load_importance, merge_importance, write_importance
 from localmix.native.devices import default_threads
 from localmix.native.model import Model
 from localmix.native.tensors import EvalCallback, Tensor, operations, read, weight_name
@@ -34,36 +33,6 @@ from localmix.worker import Channel, Progress, Report, Worker
 # llama-imatrix leaves out products of fewer rows, which are not about the text
 FEWEST_ROWS = 16
 SAVE_SECONDS = 60.0
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """How many tokens of the calibration text each expert saw.
-
-    Attributes:
-        tokens: by layer, one count for each expert; empty for a model without experts.
-    """
-
-    tokens: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
-
-    @property
-    def least(self) -> tuple[int, int, int] | None:
-        """Layer, expert and tokens of the one that saw the fewest; None without experts."""
-        seen = [(count, layer, expert) for layer, counts in self.tokens.items() for expert, count in enumerate(counts)]
-        if not seen:
-            return None
-        count, layer, expert = min(seen)
-        return layer, expert, count
-
-    @property
-    def unreached(self) -> tuple[tuple[int, int], ...]:
-        """Layer and expert of those that saw nothing: all their columns will count the same."""
-        return tuple(
-            (layer, expert)
-            for layer, counts in self.tokens.items()
-            for expert, count in enumerate(counts)
-            if count == 0
-        )
 
 
 @dataclass(frozen=True)
@@ -142,7 +111,7 @@ def collect(
         found: _Found = child.result
     write(found, output)
     partial.unlink(missing_ok=True)
-    coverage = _coverage(found.entries)
+    coverage = Importance(found.entries).coverage
     notes = corpus.notes
     if coverage.unreached:
         named = ", ".join(f"layer {layer} expert {expert}" for layer, expert in coverage.unreached[:8])
@@ -367,13 +336,3 @@ class Collector:
         np.square(rows, out=space[1:])
         # along the first axis numpy adds whole rows in their order, without the pairs of its other sums
         np.add.reduce(space, axis=0, out=sums)
-
-
-def _coverage(entries: Mapping[str, Entry]) -> Coverage:
-    """Tokens of each layer's experts; all stacked weights of a layer see the same ones."""
-    tokens: dict[int, tuple[int, ...]] = {}
-    for name, entry in entries.items():
-        match = re.match(r"blk\.(\d+)\..*_exps\.weight$", name)
-        if match and len(entry.counts) > 1:
-            tokens[int(match[1])] = tuple(int(count) for count in entry.counts)
-    return Coverage(dict(sorted(tokens.items())))

@@ -6,23 +6,27 @@ Source of both layouts: llama.cpp, tools/imatrix and common/imatrix-loader.
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from gguf.constants import GGUFValueType as ValueType
 
-from localmix.errors import FileError, InputError
-from localmix.gguf_format import MAGIC, encode_header, padded, read_header
+from localmix.errors import InputError
+from localmix.gguf_format import MAGIC, MAX_NAME_BYTES, encode_header, padded, read_header
 from localmix.output import write_atomically
 from localmix.sources.base import TensorInfo, array, text, u32
 from localmix.sources.positional import PositionalFile
 from localmix.tensor_types import TensorType
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
+# the matrix of a model of 10^12 weights takes 100 MB
+MAX_BYTES = 1 << 32
 _ORIGIN = "localmix.imatrix."  # prefix of our own metadata, which other tools ignore
 
 
@@ -38,10 +42,43 @@ class Entry:
     sums: npt.NDArray[np.float32]
     counts: npt.NDArray[np.float32]
 
+
+@dataclass(frozen=True)
+class Coverage:
+    """How many tokens of the calibration text each expert saw.
+
+    Attributes:
+        tokens: by layer, one count for each expert; empty for a model without experts.
+    """
+
+    tokens: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+
     @property
-    def uncovered(self) -> list[int]:
-        """Experts that no token of the calibration text reached."""
-        return [int(expert) for expert in np.flatnonzero(self.counts == 0)]
+    def least(self) -> tuple[int, int, int] | None:
+        """Layer, expert and tokens of the one that saw the fewest; None without experts."""
+        seen = [(count, layer, expert) for layer, counts in self.tokens.items() for expert, count in enumerate(counts)]
+        if not seen:
+            return None
+        count, layer, expert = min(seen)
+        return layer, expert, count
+
+    @property
+    def summary(self) -> str:
+        """The least covered expert, for people; empty without experts."""
+        if self.least is None:
+            return ""
+        layer, expert, tokens = self.least
+        return f"the least used expert ({expert} of layer {layer}) saw {tokens:,} tokens"
+
+    @property
+    def unreached(self) -> tuple[tuple[int, int], ...]:
+        """Layer and expert of those that saw nothing."""
+        return tuple(
+            (layer, expert)
+            for layer, counts in self.tokens.items()
+            for expert, count in enumerate(counts)
+            if count == 0
+        )
 
 
 @dataclass(frozen=True)
@@ -63,6 +100,16 @@ class Importance:
     path: Path = field(default_factory=Path)
     origin: Mapping[str, str] = field(default_factory=dict)
     fill_with_ones: bool = False
+
+    @property
+    def coverage(self) -> Coverage:
+        """Tokens that each expert saw; all stacked weights of a layer see the same ones."""
+        tokens: dict[int, tuple[int, ...]] = {}
+        for name, entry in self.entries.items():
+            match = re.match(r"blk\.(\d+)\..*_exps\.weight$", name)
+            if match and len(entry.counts) > 1:
+                tokens[int(match[1])] = tuple(int(count) for count in entry.counts)
+        return Coverage(dict(sorted(tokens.items())))
 
     def rows(self, tensor: TensorInfo) -> npt.NDArray[np.float32] | None:
         """Mean squared input of each column, float32 `[experts, columns]`; None for a tensor not covered.
@@ -92,15 +139,15 @@ def load_importance(path: Path) -> Importance:
     """Read an imatrix file of either format.
 
     Raises:
-        InputError: the file is broken, is no imatrix, or holds NaN or Inf.
+        InputError: the file is broken, is no imatrix or far too large for one, or holds NaN or Inf.
         FileError: the file cannot be read.
     """
+    file = PositionalFile(path)
     try:
-        with path.open("rb") as file:
-            is_gguf = file.read(4) == MAGIC
-    except OSError as error:
-        raise FileError(f"{path} cannot be read: {error.strerror}.") from error
-    importance = _load_gguf(path) if is_gguf else _load_legacy(path)
+        is_gguf = file.size >= len(MAGIC) and file.read(0, len(MAGIC)) == MAGIC
+        importance = _load_gguf(file) if is_gguf else _load_legacy(file)
+    finally:
+        file.close()
     for name, entry in importance.entries.items():
         if not (np.isfinite(entry.sums).all() and np.isfinite(entry.counts).all()):
             raise InputError(f"{path} holds NaN or Inf for {name}.", "Make it again with `localmix imatrix`.")
@@ -113,20 +160,24 @@ def _no_imatrix(path: Path, reason: str) -> InputError:
     return InputError(f"{path} is no importance matrix: {reason}.", "Make one with `localmix imatrix`.")
 
 
-def _load_gguf(path: Path) -> Importance:
+def _check_size(file: PositionalFile) -> None:
+    if file.size > MAX_BYTES:
+        raise _no_imatrix(file.path, f"it has {file.size / 2**30:,.0f} GiB, and {MAX_BYTES >> 30} are the most")
+
+
+def _load_gguf(file: PositionalFile) -> Importance:
+    path = file.path
     header = read_header(path)
+    for tensor in header.tensors:
+        if not tensor.info.name.endswith((_SUMS, _COUNTS)):
+            raise _no_imatrix(path, f"it holds the tensor '{tensor.info.name}'")
+        if tensor.info.type != TensorType.F32:
+            raise _no_imatrix(path, f"'{tensor.info.name}' is {tensor.info.type.name}, not F32")
+    _check_size(file)
     found: dict[str, npt.NDArray[np.float32]] = {}
-    file = PositionalFile(path)
-    try:
-        for tensor in header.tensors:
-            if not tensor.info.name.endswith((_SUMS, _COUNTS)):
-                raise _no_imatrix(path, f"it holds the tensor '{tensor.info.name}'")
-            if tensor.info.type != TensorType.F32:
-                raise _no_imatrix(path, f"'{tensor.info.name}' is {tensor.info.type.name}, not F32")
-            data = file.read(tensor.offset, tensor.bytes)
-            found[tensor.info.name] = np.frombuffer(data, "<f4").reshape(-1, tensor.info.columns)
-    finally:
-        file.close()
+    for tensor in header.tensors:
+        data = file.read(tensor.offset, tensor.bytes)
+        found[tensor.info.name] = np.frombuffer(data, "<f4").reshape(-1, tensor.info.columns)
     entries: dict[str, Entry] = {}
     for name in sorted({key.removesuffix(_SUMS).removesuffix(_COUNTS) for key in found}):
         sums, counts = found.get(name + _SUMS), found.get(name + _COUNTS)
@@ -136,27 +187,37 @@ def _load_gguf(path: Path) -> Importance:
     if not entries:
         raise _no_imatrix(path, "it is empty")
     metadata = {key: value.value for key, value in header.metadata.items()}
+    datasets = metadata.get("imatrix.datasets", [])
+    if not isinstance(datasets, list) or not all(isinstance(name, str) for name in datasets):
+        raise _no_imatrix(path, "its entry imatrix.datasets is no list of names")
     return Importance(
         entries,
-        tuple(metadata.get("imatrix.datasets", ())),
-        int(metadata.get("imatrix.chunk_count", 0)),
-        int(metadata.get("imatrix.chunk_size", 0)),
+        tuple(datasets),
+        _count(path, "imatrix.chunk_count", metadata.get("imatrix.chunk_count", 0)),
+        _count(path, "imatrix.chunk_size", metadata.get("imatrix.chunk_size", 0)),
         path,
         {key: str(metadata[_ORIGIN + key]) for key in ("model", "corpus") if _ORIGIN + key in metadata},
     )
 
 
-def _load_legacy(path: Path) -> Importance:
+def _count(path: Path, what: str, value: Any) -> int:
+    """A number of chunks or tokens from a file, which llama.cpp keeps in 32 bits."""
+    if type(value) is not int or not 0 <= value < 1 << 31:
+        raise _no_imatrix(path, f"its entry {what} is {str(value)[:60]!r}, not a number from 0 to 2^31")
+    return value
+
+
+def _load_legacy(file: PositionalFile) -> Importance:
     """The `.dat` format: counted entries of (name, calls, values), then optionally chunks and a dataset."""
-    data = path.read_bytes()
-    at = 0
+    _check_size(file)
+    path, at = file.path, 0
 
     def take(count: int) -> bytes:
         nonlocal at
-        if count < 0 or at + count > len(data):
+        if count < 0 or at + count > file.size:
             raise _no_imatrix(path, "it is neither GGUF nor a whole file of the older format")
         at += count
-        return data[at - count : at]
+        return file.read(at - count, count)
 
     def number() -> int:
         value: int = struct.unpack("<i", take(4))[0]
@@ -164,15 +225,18 @@ def _load_legacy(path: Path) -> Importance:
 
     entries: dict[str, Entry] = {}
     for _ in range(number()):
-        name = take(number()).decode("utf-8", "replace")
+        length = number()
+        if length > MAX_NAME_BYTES:  # another kind of file, which may be a hundred gigabytes
+            raise _no_imatrix(path, "it is neither GGUF nor a whole file of the older format")
+        name = take(length).decode("utf-8", "replace")
         calls = number()
         sums = np.frombuffer(take(4 * number()), "<f4").reshape(1, -1)
         # the file holds sum / tokens * calls; calls of 0 stand for a plain sum
         entries[name] = Entry(sums, np.array([max(calls, 1)], np.float32))
     if not entries:
         raise _no_imatrix(path, "it is empty")
-    chunks = number() if len(data) - at >= 4 else 0
-    datasets = (take(number()).decode("utf-8", "replace"),) if len(data) - at >= 4 else ()
+    chunks = _count(path, "chunks", number()) if file.size - at >= 4 else 0
+    datasets = (take(number()).decode("utf-8", "replace"),) if file.size - at >= 4 else ()
     return Importance(entries, datasets, chunks, 0, path)
 
 

@@ -12,7 +12,8 @@ import enum
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,24 +100,25 @@ def models() -> list[Model]:
         return []
     except OSError as error:
         raise FileError(f"The library {home()} cannot be read: {error.strerror}.") from error
-    checkpoints = _state().get("checkpoints", {})
-    found = (_model(folder, checkpoints.get(folder.name)) for folder in folders)
+    sources = _sources(_state())
+    found = (_model(folder, sources.get(folder.name)) for folder in folders)
     return [model for model in found if model.files or model.imatrix]
 
 
-def _model(folder: Path, checkpoint: str | None) -> Model:
+def _model(folder: Path, source: str | None) -> Model:
     files = []
     for path in sorted(folder.glob("*.gguf")):
         model, kind = split_name(path)
         if kind and model == folder.name and not path.name.endswith(IMATRIX_SUFFIX):
-            files.append(ModelFile(folder.name, kind, path, path.stat().st_size))
+            with contextlib.suppress(OSError):  # a link that leads nowhere
+                files.append(ModelFile(folder.name, kind, path, path.stat().st_size))
     imatrix = folder / f"{folder.name}{IMATRIX_SUFFIX}"
     return Model(
         folder.name,
         folder,
         tuple(sorted(files, key=lambda file: -file.bytes)),
         imatrix if imatrix.is_file() else None,
-        Path(checkpoint) if checkpoint and Path(checkpoint).is_dir() else None,
+        Path(source) if source and Path(source).is_dir() else None,
     )
 
 
@@ -197,7 +199,7 @@ def _last(purpose: Purpose, fits: Callable[[ModelFile], bool] | None) -> Path:
     state = _state()
     path = Path(str(state.get("file", "")))
     model = find(str(state.get("model", "")))
-    if model is None and state.get("file") and path.exists():
+    if model is None and state.get("file") and path.is_file():
         return _checked(path, purpose)
     if model is None:
         known = models()
@@ -287,13 +289,23 @@ def _inside(path: Path) -> ModelFile | None:
 
 
 def output_path(source: Path, kind: str) -> Path:
-    """Where the library files the model `source` in type `kind`."""
+    """Where the library files the model `source` in type `kind`.
+
+    Raises:
+        UsageError: the library holds another model of that name.
+    """
+    check_name_is_free(source)
     name = model_name(source)
     return home() / name / f"{name}-{kind}.gguf"
 
 
 def imatrix_output_path(source: Path) -> Path:
-    """Where the library files the importance matrix of `source`."""
+    """Where the library files the importance matrix of `source`.
+
+    Raises:
+        UsageError: the library holds another model of that name.
+    """
+    check_name_is_free(source)
     name = model_name(source)
     return home() / name / f"{name}{IMATRIX_SUFFIX}"
 
@@ -314,6 +326,19 @@ def make_room(path: Path) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def room_for(path: Path) -> Iterator[None]:
+    """`make_room` for as long as an output is made: when that fails, no empty folder stays in the library."""
+    make_room(path)
+    try:
+        yield
+    except BaseException:
+        if path.parent.parent == home():
+            with contextlib.suppress(OSError):  # it has files
+                path.parent.rmdir()
+        raise
+
+
 def is_newer(path: Path, inputs: Sequence[Path]) -> bool:
     """Whether the file is there, and not older than any of the files it is made from."""
     try:
@@ -324,9 +349,10 @@ def is_newer(path: Path, inputs: Sequence[Path]) -> bool:
 
 
 def find_imatrix(source: Path) -> Path | None:
-    """The importance matrix of a model: in the library, or beside its file."""
+    """The importance matrix of a model: in the library, unless that one is another model's, or beside its file."""
     name = model_name(source)
-    for folder in (home() / name, Path(os.path.abspath(source)).parent):
+    beside = Path(os.path.abspath(source)).parent
+    for folder in (beside,) if _other_source(source) else (home() / name, beside):
         path = folder / f"{name}{IMATRIX_SUFFIX}"
         if path.is_file():
             return path
@@ -334,59 +360,90 @@ def find_imatrix(source: Path) -> Path | None:
 
 
 def check_name_is_free(source: Path) -> None:
-    """Refuse to file a checkpoint under a name that the library uses for another one.
+    """Refuse to file something under a name that the library uses for another model.
 
     Raises:
-        UsageError: the library holds a model of that name from another folder.
+        UsageError: the library holds a model of that name that was made from something else.
     """
-    name = model_name(source)
-    earlier = _state().get("checkpoints", {}).get(name)
-    if earlier and find(name) and Path(earlier) != source.resolve():
+    earlier = _other_source(source)
+    if earlier:
+        name = model_name(source)
         raise UsageError(
             f"The library has another {name}, made from {earlier}.",
             f"Remove it with `localmix rm {name}`, or name the output with -o.",
         )
 
 
-def remember(path: Path, checkpoint: Path | None = None) -> None:
-    """Note the model used last, and the checkpoint a library model was made from.
+def _other_source(source: Path) -> str:
+    """What the library's model of the same name was made from, if that is known and something else; else empty."""
+    if _inside(source):
+        return ""
+    name = model_name(source)
+    earlier = _sources(_state()).get(name)
+    model = find(name) if earlier else None
+    if earlier is None or model is None or Path(earlier) == source.resolve():
+        return ""
+    for path in (Path(earlier), *(file.path for file in model.files)):
+        with contextlib.suppress(OSError):
+            if path.samefile(source):
+                return ""
+    return earlier
+
+
+def remember(paths: Path | Sequence[Path], source: Path | None = None) -> None:
+    """Note the model used last, and what a model of the library was made from.
 
     Args:
-        path: the file used, or a model's folder in the library when no one file is meant.
-        checkpoint: the folder that `path` was converted from.
+        paths: the files used. Of several in the library none is the one used last, the model as a whole is.
+            Elsewhere nothing knows a model as a whole: then the first is.
+        source: the checkpoint or GGUF file that they were made from.
     """
     from localmix.output import write_atomically
 
-    absolute = Path(os.path.abspath(path))
-    state = _state()
-    if absolute.parent == home():
-        state.update(model=absolute.name, file="")
-    else:
-        inside = _inside(absolute)
-        state.update(model=inside.model if inside else "", file=str(absolute))
-    if checkpoint is not None:
-        known = state.get("checkpoints")
-        state["checkpoints"] = {
-            **(known if isinstance(known, dict) else {}),
-            model_name(path): str(checkpoint.resolve()),
-        }
+    files = [Path(os.path.abspath(path)) for path in ([paths] if isinstance(paths, Path) else paths)]
+    inside = _inside(files[0])
     # a convenience: the command that was asked for has done its work
-    with contextlib.suppress(OSError, LocalmixError):
-        home().mkdir(parents=True, exist_ok=True)
-        write_atomically(home() / _STATE_FILE, json.dumps(state, indent=2, ensure_ascii=False).encode())
+    with contextlib.suppress(OSError, LocalmixError), _locked_state() as state:
+        whole = inside is not None and len(files) > 1
+        state.update(model=inside.model if inside else "", file="" if whole else str(files[0]))
+        if source is not None and inside is not None and _inside(source) is None:
+            state["checkpoints"] = {**_sources(state), inside.model: str(source.resolve())}
+        # escapes: a path need not be UTF-8
+        write_atomically(home() / _STATE_FILE, json.dumps(state, indent=2).encode("ascii"))
+
+
+@contextlib.contextmanager
+def _locked_state() -> Iterator[dict[str, Any]]:
+    """What `remember` noted, to be changed: another run that notes something waits, so that neither is lost."""
+    home().mkdir(parents=True, exist_ok=True)
+    if sys.platform == "win32":  # folders cannot be locked there
+        yield _state()
+        return
+    import fcntl
+
+    descriptor = os.open(home(), os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield _state()
+    finally:
+        os.close(descriptor)
 
 
 def _state() -> dict[str, Any]:
     """What `remember` noted; empty when there is nothing, or nothing that can be read."""
     try:
         state = json.loads((home() / _STATE_FILE).read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    if not isinstance(state, dict):
-        return {}
-    if not isinstance(state.get("checkpoints", {}), dict):
-        state["checkpoints"] = {}
-    return state
+    return state if isinstance(state, dict) else {}
+
+
+def _sources(state: dict[str, Any]) -> dict[str, str]:
+    """By model of the library: the checkpoint, or the GGUF file elsewhere, that it was made from."""
+    known = state.get("checkpoints")
+    entries = known.items() if isinstance(known, dict) else ()
+    return {name: path for name, path in entries if isinstance(path, str)}
 
 
 @dataclass(frozen=True)

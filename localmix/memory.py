@@ -8,13 +8,12 @@ allocates to 1 MiB, on dense and mixture models from 512 to 131072 positions (te
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from localmix.errors import UsageError
+from localmix.errors import InputError, UsageError
 from localmix.sources.base import Source
 
 GIB = 2**30
@@ -105,40 +104,37 @@ def largest_context(source: Source, weights: int, available: Available, kv_type:
 
 def trained_context(source: Source) -> int:
     """Positions the model was trained for; 4096 when it does not say."""
-    return int(source.get("{arch}.context_length", 0)) or DEFAULT_CONTEXT
+    return source.number("{arch}.context_length") or DEFAULT_CONTEXT
 
 
 def _kv_values(source: Source) -> int:
     """Numbers that one position adds to the KV cache, over all layers."""
-    layers = int(source.get("{arch}.block_count", 0))
-    heads = source.get("{arch}.attention.head_count", 1)
-    first = int(heads[0] if isinstance(heads, Sequence) else heads) or 1
-    head_size = int(source.get("{arch}.embedding_length", 0)) // first
-    kv_heads = source.get("{arch}.attention.head_count_kv", heads)
+    heads = source.numbers("{arch}.attention.head_count", (1,))
+    head_size = source.number("{arch}.embedding_length") // (heads[0] or 1)
+    kv_heads = source.numbers("{arch}.attention.head_count_kv", heads)
     # one number for all layers, or one for each
-    all_heads = sum(map(int, kv_heads)) if isinstance(kv_heads, Sequence) else layers * int(kv_heads)
-    key = int(source.get("{arch}.attention.key_length", head_size))
-    value = int(source.get("{arch}.attention.value_length", head_size))
+    all_heads = sum(kv_heads) if len(kv_heads) > 1 else source.number("{arch}.block_count") * kv_heads[0]
+    key = source.number("{arch}.attention.key_length", head_size)
+    value = source.number("{arch}.attention.value_length", head_size)
     return all_heads * (key + value)
 
 
 def _compute_bytes(source: Source, cells: int, batch: int) -> int:
     """The wider of the two wide places: the logits, or one layer's feed-forward with the attention mask."""
-    hidden = int(source.get("{arch}.embedding_length", 0))
-    lengths = source.get("{arch}.feed_forward_length", 0)
-    dense = max(map(int, lengths)) if isinstance(lengths, Sequence) else int(lengths)
-    experts = int(source.get("{arch}.expert_used_count", 0))
-    wide = int(source.get("{arch}.expert_feed_forward_length", dense)) * experts if experts else dense
+    hidden = source.number("{arch}.embedding_length")
+    dense = max(source.numbers("{arch}.feed_forward_length"))
+    experts = source.number("{arch}.expert_used_count")
+    wide = source.number("{arch}.expert_feed_forward_length", dense) * experts if experts else dense
     logits = 4 * batch * (_vocabulary(source) + 2 * hidden)
     layer = 4 * batch * (3 * wide + 4 * hidden) + 2 * batch * cells
     return max(logits, layer)
 
 
 def _vocabulary(source: Source) -> int:
-    stated = source.get("{arch}.vocab_size")
-    if stated is None:
-        stated = len(source.get("tokenizer.ggml.tokens", ()))
-    return int(stated)
+    tokens = source.get("tokenizer.ggml.tokens", [])
+    if not isinstance(tokens, list):
+        raise InputError(f"{source.path}: the metadata entry tokenizer.ggml.tokens is {tokens!r}, not a list.")
+    return source.number("{arch}.vocab_size", len(tokens))
 
 
 def available() -> Available:

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import stat
+import tempfile
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -59,6 +60,7 @@ class OutputFile:
         self._fingerprint = fingerprint
         self._partial = path.with_name(f".{path.name}.partial")
         self._journal = path.with_name(f".{path.name}.journal")
+        self._fresh_journal = path.with_name(f".{path.name}.journal.new")
         self._write_lock = threading.Lock()
         self._journal_lock = threading.Lock()
         self._finished = False
@@ -84,9 +86,12 @@ class OutputFile:
                     self.done = done
                     return descriptor
                 os.close(descriptor)
-        self._journal.unlink(missing_ok=True)
-        self._partial.unlink(missing_ok=True)
+        self._sweep()
         return None
+
+    def _sweep(self) -> None:
+        for leftover in (self._fresh_journal, self._journal, self._partial):
+            leftover.unlink(missing_ok=True)
 
     def _read_journal(self) -> frozenset[int]:
         if not self._fingerprint:
@@ -138,20 +143,32 @@ class OutputFile:
         bitmap = sum(1 << slot for slot in set(done))
         try:
             os.fsync(self._descriptor)
-            with self._journal_lock:
-                if self._finished:
-                    return
-                fresh = self._journal.with_name(self._journal.name + ".new")
-                fresh.write_text(json.dumps({"fingerprint": self._fingerprint, "done": f"{bitmap:x}"}), "utf-8")
-                os.replace(fresh, self._journal)
         except OSError as error:
             raise file_error(error, self.path, "write") from error
+        text = json.dumps({"fingerprint": self._fingerprint, "done": f"{bitmap:x}"})
+        # a journal is a convenience: a disk that has no room for it has room for the output, which is reserved
+        with self._journal_lock, contextlib.suppress(OSError):
+            if self._finished:
+                return
+            self._fresh_journal.unlink(missing_ok=True)
+            descriptor = os.open(self._fresh_journal, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _OPEN_FLAGS, 0o666)
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.replace(self._fresh_journal, self._journal)
 
-    def commit(self) -> None:
-        """Make the file durable and give it its name."""
+    def settle(self) -> None:
+        """Make the bytes durable and close the file: all that takes time before `commit`."""
         try:
             os.fsync(self._descriptor)
-            self._close()
+        except OSError as error:
+            raise file_error(error, self.path, "write") from error
+        self._close()
+
+    def commit(self) -> None:
+        """Give the file its name."""
+        if self._descriptor >= 0:
+            self.settle()
+        try:
             os.replace(self._partial, self.path)
             _sync_folder(self.path.parent)
         except OSError as error:
@@ -172,8 +189,7 @@ class OutputFile:
     ) -> None:
         self._close()
         with contextlib.suppress(OSError):  # the first error, if there is one, is the one to tell
-            self._journal.unlink(missing_ok=True)
-            self._partial.unlink(missing_ok=True)
+            self._sweep()
         self._lock.release()
 
 
@@ -221,15 +237,17 @@ def check_outputs(outputs: Sequence[tuple[Path, int]], inputs: Iterable[Path]) -
             raise FileError(f"The folder {folder} does not exist.", f"Make it with `mkdir -p {folder}`.")
         if path.is_dir():
             raise FileError(f"{path} is a folder, and the output is a file.", "Name a file with -o.")
-        if path.resolve() in seen:
+        name = folder.resolve() / path.name
+        if name in seen:
             raise UsageError(f"Two outputs have the name {path}.", "Give each type a file of its own.")
-        seen.add(path.resolve())
+        seen.add(name)
         for source in sources:
             if path.exists() and source.exists() and os.path.samefile(path, source):
                 raise UsageError(
                     f"{path} is the model that is read; writing it would destroy it.",
                     "Choose another output with -o.",
                 )
+        _check_kind(path)
         device = folder.stat().st_dev
         needed[device] = folder, needed.get(device, (folder, 0))[1] + size - _already_taken(path)
     for folder, size in needed.values():
@@ -239,6 +257,22 @@ def check_outputs(outputs: Sequence[tuple[Path, int]], inputs: Iterable[Path]) -
                 f"{folder} has {free / 2**30:.2f} GiB free, and the output takes {size / 2**30:.2f} GiB.",
                 "Free some space, or choose another folder with -o.",
             )
+
+
+def _check_kind(path: Path) -> None:
+    """Refuse to put a file in the place of something else: the rename would replace a device or a link itself."""
+    if path.name == "-":
+        raise UsageError("An output is a file: it is written in many places at once.", "Name a file with -o.")
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise file_error(error, path, "write") from error
+    if stat.S_ISLNK(mode):
+        raise FileError(f"{path} is a symbolic link.", f"Name its target with -o: {os.path.realpath(path)}.")
+    if not stat.S_ISREG(mode):
+        raise FileError(f"{path} is no regular file.", "Name a file with -o.")
 
 
 def _already_taken(path: Path) -> int:
@@ -251,19 +285,20 @@ def _already_taken(path: Path) -> int:
 
 def _lock_for(path: Path) -> filelock.BaseFileLock:
     """One writer for each output; the lock lies in the user's cache so that no file is left beside the output."""
-    folder = platformdirs.user_cache_path("localmix") / "locks"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
-        lock = filelock.FileLock(folder / name)
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise FileError(
-            f"Another run is writing {path}.", "Wait for it to end, or choose another output with -o."
-        ) from None
-    except OSError as error:
-        raise file_error(error, folder, "write") from error
-    return lock
+    name = hashlib.sha256(os.fsencode(path.parent.resolve() / path.name)).hexdigest()[:32]
+    for folder in (platformdirs.user_cache_path("localmix") / "locks", Path(tempfile.gettempdir()) / "localmix-locks"):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = filelock.FileLock(folder / name)
+            lock.acquire(timeout=0)
+            return lock
+        except filelock.Timeout:
+            raise FileError(
+                f"Another run is writing {path}.", "Wait for it to end, or choose another output with -o."
+            ) from None
+        except OSError as error:
+            refused = file_error(error, folder, "write")
+    raise refused
 
 
 def _sync_folder(folder: Path) -> None:

@@ -6,6 +6,8 @@ any order on all cores, and disk and memory are checked before the work.
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +15,7 @@ from pathlib import Path
 
 from gguf.constants import GGUFValueType as ValueType
 
-from localmix.errors import InputError
+from localmix.errors import InputError, UsageError
 from localmix.gguf_format import encode_header, layout, padded, tensor_bytes
 from localmix.importance import Importance
 from localmix.native.kernels import requires_importance
@@ -139,7 +141,7 @@ class Planner:
 
         Raises:
             InputError: llama.cpp cannot quantize this model.
-            UsageError: a rule is no regular expression or matches nothing.
+            UsageError: a rule is no regular expression.
         """
         mixture = self._mixture(preset, rules, has_imatrix or importance is not None)
         infos = [replace(tensor, type=mixture.types[tensor.name]) for tensor in self._source.tensors]
@@ -271,3 +273,61 @@ def check_importance(plan: Plan, importance: Importance | None) -> None:
                 f"{importance.path} says nothing about {tensor.info.name}, which {plan.type} needs.",
                 "Make it again with `localmix imatrix` from this model.",
             )
+
+
+def check_coverage(plan: Plan, importance: Importance) -> list[str]:
+    """Compare the names of an importance matrix with those of the weights it could be for, before any is read.
+
+    Returns:
+        A sentence, when it leaves out some of the blocks' weights that are quantized.
+
+    Raises:
+        InputError: it says nothing about any weight of a block, so it is of another model.
+    """
+    weights = [tensor for tensor in plan.tensors if tensor.info.name.startswith("blk.") and len(tensor.info.shape) > 1]
+    if weights and not any(tensor.info.name in importance.entries for tensor in weights):
+        named = next(iter(sorted(importance.entries)), "nothing")
+        raise InputError(
+            f"{importance.path} is the importance matrix of another model: it names {named}, and no weight here.",
+            "Make one for this model with `localmix imatrix`.",
+        )
+    quantized = [tensor.info.name for tensor in weights if tensor.type not in FLOAT_TYPES]
+    missing = [name for name in quantized if name not in importance.entries]
+    if not missing:
+        return []
+    return [
+        f"The importance matrix {importance.path} covers {len(quantized) - len(missing)} of the {len(quantized)}"
+        f" weights of blocks that are quantized; {missing[0]} is one that it leaves out."
+    ]
+
+
+def check_rules(plan: Plan, rules: Sequence[Rule]) -> list[str]:
+    """Look for rules that do nothing.
+
+    Returns:
+        A sentence for each rule that changes none of the tensors it matches.
+
+    Raises:
+        UsageError: a rule matches no tensor.
+    """
+    notes = []
+    for rule in rules:
+        try:
+            # near enough to ECMAScript's syntax; what Python reads otherwise, or not, is llama.cpp's to judge
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", FutureWarning)
+                pattern = re.compile(rule.tensor)
+        except (re.error, FutureWarning):
+            continue
+        matched = [tensor for tensor in plan.tensors if pattern.search(tensor.info.name)]
+        if not matched:
+            raise UsageError(
+                f"The rule {rule.tensor}={rule.type.name} matches no tensor of this model.",
+                "Patterns are searched in names such as blk.0.attn_v.weight.",
+            )
+        if not any(rule.type in (tensor.type, tensor.meant) for tensor in matched):
+            notes.append(
+                f"{plan.type}: the rule {rule.tensor}={rule.type.name} changes nothing: the {len(matched)} tensors that"
+                f" it matches, such as {matched[0].info.name}, are never quantized or another rule decides."
+            )
+    return notes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from localmix.errors import FileError, InputError, UsageError
-from localmix.tensor_types import TensorType
+from localmix.tensor_types import ENCODABLE, TensorType
 
 IMATRIX_NEEDS = ("required", "recommended", "optional", "unused")
 
@@ -85,9 +85,9 @@ def tensor_type(name: str) -> TensorType:
     """A tensor's type by name, in any case.
 
     Raises:
-        UsageError: ggml has no such type.
+        UsageError: ggml has no such type, or cannot write it.
     """
-    by_name = {kind.name.upper(): kind for kind in TensorType}
+    by_name = {kind.name.upper(): kind for kind in TensorType if kind in ENCODABLE}
     if name.upper() not in by_name:
         near = difflib.get_close_matches(name.upper(), by_name, n=3, cutoff=0.4)
         raise UsageError(f"There is no tensor type {name!r}.", f"Did you mean {' or '.join(near)}?" if near else "")
@@ -110,39 +110,72 @@ def load_presets(path: Path | None = None) -> Presets:
     """
     path = path or shipped_path()
     try:
-        content = yaml.safe_load(path.read_text("utf-8"))
+        content = yaml.load(path.read_text("utf-8"), _LocatedLoader)  # a SafeLoader
     except OSError as error:
         raise FileError(f"{path} cannot be read: {error.strerror}.") from error
+    except RecursionError:
+        raise InputError(f"{path} is nested too deep to be a file of presets.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     reader = _Reader(path)
     top = reader.mapping(content, "the file", ("presets", "aliases", "sets"))
-    presets = {
-        str(name): reader.preset(str(name), fields)
-        for name, fields in reader.mapping(top.get("presets"), "presets").items()
+    presets = {name: reader.preset(name, fields) for name, fields in reader.entries(top, "presets")}
+    aliases = {
+        alias: reader.known(str(name), presets, f"the alias {alias}") for alias, name in reader.entries(top, "aliases")
     }
-    aliases = {str(key): str(name) for key, name in reader.mapping(top.get("aliases"), "aliases").items()}
     sets = {
-        str(key): tuple(map(str, reader.sequence(names, f"the set {key}")))
-        for key, names in reader.mapping(top.get("sets"), "sets").items()
+        key: tuple(
+            reader.known(str(name), presets, f"the set {key}") for name in reader.sequence(names, f"the set {key}")
+        )
+        for key, names in reader.entries(top, "sets")
     }
-    for where, name in [
-        *((f"the alias {alias}", name) for alias, name in aliases.items()),
-        *((f"the set {key}", name) for key, names in sets.items() for name in names),
-    ]:
-        if name not in presets:
-            raise reader.error(where, f"names {name}, which is no preset of this file")
     return Presets(presets, aliases, sets)
 
 
+class _Located(dict[Any, Any]):
+    """A mapping that knows the line of each of its keys."""
+
+    lines: Mapping[Any, int]
+
+
+class _LocatedLoader(yaml.SafeLoader):
+    """A SafeLoader whose mappings are `_Located`."""
+
+
+def _construct_located(loader: _LocatedLoader, node: yaml.MappingNode) -> _Located:
+    mapping = _Located(loader.construct_mapping(node, deep=True))
+    if len(mapping) < len(node.value):
+        raise yaml.constructor.ConstructorError(None, None, "found a key twice", node.start_mark)
+    mapping.lines = {loader.construct_object(key): key.start_mark.line + 1 for key, _ in node.value}
+    return mapping
+
+
+_LocatedLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_located)
+
+
 class _Reader:
-    """Turns parsed YAML into presets, naming the entry that is wrong."""
+    """Turns parsed YAML into presets, naming the line and the entry that is wrong."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._line = 1  # of the entry being read
 
     def error(self, where: str, reason: str) -> InputError:
-        return InputError(f"{self._path}: {where} {reason}.", "The head of quant_presets.yaml lists the fields.")
+        return InputError(
+            f"{self._path}, line {self._line}: {where} {reason}.", "The head of quant_presets.yaml lists the fields."
+        )
+
+    def entries(self, top: Mapping[str, Any], section: str) -> Iterator[tuple[str, Any]]:
+        """Names and values of a section, which may be missing."""
+        found = self.mapping(top.get(section), section)
+        for name, value in found.items():
+            self._line = found.lines[name] if isinstance(found, _Located) else self._line
+            yield str(name), value
+
+    def known(self, name: str, presets: Mapping[str, Preset], where: str) -> str:
+        if name not in presets:
+            raise self.error(where, f"names {name}, which is no preset of this file")
+        return name
 
     def mapping(self, value: Any, where: str, keys: Sequence[str] | None = None) -> Mapping[str, Any]:
         if value is None:
@@ -151,6 +184,7 @@ class _Reader:
             raise self.error(where, "is not a mapping")
         for key in value:
             if keys is not None and key not in keys:
+                self._line = value.lines[key] if isinstance(value, _Located) else self._line
                 raise self.error(where, f"has the unknown field '{key}'")
         return value
 
@@ -165,6 +199,11 @@ class _Reader:
         except UsageError as error:
             raise self.error(where, f"names {value}, which is no tensor type") from error
 
+    def flag(self, value: Any, where: str) -> bool:
+        if not isinstance(value, bool):
+            raise self.error(where, f"says pure: {value}; true or false is meant")
+        return value
+
     def preset(self, name: str, value: Any) -> Preset:
         where = f"the preset {name}"
         names = ("base", "rules", "output", "embedding", "imatrix", "advice", "pure")
@@ -173,7 +212,7 @@ class _Reader:
         if imatrix not in IMATRIX_NEEDS:
             raise self.error(where, f"says imatrix: {imatrix}; one of {', '.join(IMATRIX_NEEDS)} is meant")
         rules = []
-        for rule in self.sequence(fields.get("rules", []), where):
+        for rule in self.sequence([] if fields.get("rules") is None else fields["rules"], where):
             entry = self.mapping(rule, f"a rule of {where}", ("tensor", "type"))
             if set(entry) != {"tensor", "type"}:
                 raise self.error(f"a rule of {where}", "needs the fields tensor and type")
@@ -186,5 +225,5 @@ class _Reader:
             tuple(rules),
             self.type(fields["output"], where) if "output" in fields else None,
             self.type(fields["embedding"], where) if "embedding" in fields else None,
-            bool(fields.get("pure", False)),
+            self.flag(fields.get("pure", False), where),
         )

@@ -10,11 +10,13 @@ from pathlib import Path
 from localmix.errors import UsageError
 from localmix.importance import Importance, load_importance
 from localmix.native.devices import default_threads
-from localmix.plan import Plan, Planner, check_importance, check_quantizable
+from localmix.plan import Plan, Planner, check_coverage, check_importance, check_quantizable, check_rules
 from localmix.presets import Preset, Rule, tensor_type
 from localmix.sources.base import MetaValue, Source, boolean, f32, text, u32
 from localmix.sources.open import open_source
 from localmix.stream import Progress, write_outputs
+
+LARGEST_F32 = (2 - 2**-23) * 2.0**127
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,12 @@ class OutputSummary:
 
 @dataclass(frozen=True)
 class Quantized:
-    """What a run of `quantize` made."""
+    """What a run of `quantize` made, and what it knew of which weights matter."""
 
     outputs: tuple[OutputSummary, ...]
     seconds: float
     notes: tuple[str, ...]
+    importance: Importance | None
 
 
 def parse_rule(spec: str) -> Rule:
@@ -57,9 +60,23 @@ def parse_rule(spec: str) -> Rule:
     return Rule(pattern, tensor_type(kind))
 
 
+def _integer(value: str) -> MetaValue:
+    number = int(value)
+    if not 0 <= number < 1 << 32:  # llama-quantize keeps 32 unsigned bits too, and wraps others around
+        raise UsageError(f"{value} is no number from 0 to {(1 << 32) - 1}, which is what an int entry holds.")
+    return u32(number)
+
+
+def _real(value: str) -> MetaValue:
+    number = float(value)
+    if not abs(number) <= LARGEST_F32:  # NaN neither
+        raise UsageError(f"{value} is no number from -{LARGEST_F32:.4g} to {LARGEST_F32:.4g}, of 32 bits.")
+    return f32(number)
+
+
 _OVERRIDES: Mapping[str, Callable[[str], MetaValue]] = {
-    "int": lambda value: u32(int(value)),
-    "float": lambda value: f32(float(value)),
+    "int": _integer,
+    "float": _real,
     "bool": lambda value: boolean({"true": True, "false": False}[value.lower()]),
     "str": text,
 }
@@ -69,7 +86,7 @@ def parse_override(spec: str) -> tuple[str, MetaValue]:
     """`KEY=TYPE:VALUE` as a metadata entry, with the types `llama-quantize` knows.
 
     Raises:
-        UsageError: the form, the type or the value is wrong.
+        UsageError: the form or the type is wrong, or the value is none of that type.
     """
     key, _, typed = spec.partition("=")
     kind, colon, value = typed.partition(":")
@@ -92,33 +109,43 @@ def plan_outputs(
     *,
     split_bytes: int | None = None,
     allow_requantize: bool = False,
-) -> list[Plan]:
+) -> tuple[list[Plan], list[str]]:
     """Plan every output and refuse what cannot end well, before any weight is read.
 
+    Returns:
+        The plans, and sentences on what is unusual.
+
     Raises:
-        InputError: the source is quantized already, or a type needs an importance row that is missing.
+        InputError: the source is quantized already, the importance matrix is of another model, or a type needs
+            an importance row that is missing.
+        UsageError: a rule matches no tensor.
     """
     planner = Planner(source)
     plans = [planner.plan(preset, rules=rules, importance=importance, split_bytes=split_bytes) for preset in presets]
+    notes: list[str] = []
     for plan in plans:
         if not allow_requantize:
             check_quantizable(plan, source)
+        notes += check_rules(plan, rules)
+        if importance is not None:
+            notes += check_coverage(plan, importance)
         check_importance(plan, importance)
-    return plans
+    return plans, list(dict.fromkeys(notes))  # several types often share one
 
 
-def coverage_notes(source: Source, importance: Importance) -> list[str]:
+def coverage_notes(importance: Importance) -> list[str]:
     """Sentences about experts that the calibration text never reached."""
     instead = "every column counts the same" if importance.fill_with_ones else "the mean of the other experts is used"
     notes = []
-    for tensor in source.tensors:
-        entry = importance.entries.get(tensor.name)
-        if entry is not None and entry.uncovered:
-            experts = ", ".join(map(str, entry.uncovered))
-            notes.append(
-                f"{tensor.name}: no calibration token reached expert {experts}, so {instead}."
-                " A longer calibration text helps."
-            )
+    layers: dict[int, list[int]] = {}
+    for layer, expert in importance.coverage.unreached:
+        layers.setdefault(layer, []).append(expert)
+    for layer, experts in layers.items():
+        names = sorted(name for name in importance.entries if name.startswith(f"blk.{layer}.") and "_exps" in name)
+        notes.append(
+            f"Layer {layer}: no calibration token reached expert {', '.join(map(str, experts))}, so {instead}"
+            f" in {', '.join(names)}. A longer calibration text helps."
+        )
     return notes
 
 
@@ -160,7 +187,7 @@ def quantize(
         importance = None
         if imatrix is not None:
             importance = replace(load_importance(imatrix), fill_with_ones=upstream_imatrix)
-        plans = plan_outputs(
+        plans, unusual = plan_outputs(
             source,
             [preset for preset, _ in outputs],
             importance,
@@ -169,7 +196,7 @@ def quantize(
             allow_requantize=allow_requantize,
         )
         paths = [path for _, path in outputs]
-        notes = [*source.notes, *(coverage_notes(source, importance) if importance else ())]
+        notes = [*source.notes, *unusual, *(coverage_notes(importance) if importance else ())]
         if not dry_run:
             write_outputs(
                 source,
@@ -179,7 +206,7 @@ def quantize(
                 progress=progress,
             )
     summaries = tuple(_summary(plan, path) for plan, path in zip(plans, paths, strict=True))
-    return Quantized(summaries, time.monotonic() - started, tuple(notes))
+    return Quantized(summaries, time.monotonic() - started, tuple(notes), importance)
 
 
 def _summary(plan: Plan, path: Path) -> OutputSummary:

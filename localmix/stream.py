@@ -126,6 +126,8 @@ def write_outputs(
             _run(_SliceWorker(source, targets, importance), slices, journal, threads, progress)
         source.check_unchanged()
         for file in all_files:
+            file.settle()
+        for file in all_files:  # nothing but renames: all files appear in the same moment
             file.commit()
 
 

@@ -99,6 +99,17 @@ FLOAT_TYPES: Mapping[TensorType, np.dtype[Any]] = {
     TensorType.BF16: np.dtype("<u2"),  # numpy has no bfloat16: the bits, as unsigned integers
 }
 
+# What ggml can write from float32: the rest are types of intermediate results and of integers.
+ENCODABLE = frozenset(TensorType) - {
+    TensorType.Q8_1,
+    TensorType.Q8_K,
+    TensorType.I8,
+    TensorType.I16,
+    TensorType.I32,
+    TensorType.I64,
+    TensorType.F64,
+}
+
 
 def row_bytes(kind: TensorType, columns: int) -> int:
     """Bytes of one row of `columns` weights; `columns` must be a multiple of the type's block."""

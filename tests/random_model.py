@@ -27,7 +27,7 @@ def write_random_model(
     experts: int = 8,
     context: int = 2048,
     embedding_rows: int = 0,
-    kind: Kind = Kind.F16,
+    kind: Kind = Kind.F32,
     change: Mapping[str, np.ndarray] | None = None,
     byte_tokens: bool = True,
     duplicate: bool = False,
@@ -39,7 +39,7 @@ def write_random_model(
     Args:
         experts: 0 for a dense model.
         embedding_rows: more tokens than the words and bytes, for a larger embedding.
-        kind: F32, F16 or BF16, for every matrix; beside BF16 the router stays F32, as converters leave it.
+        kind: F32, F16 or BF16, for every matrix but the router.
         change: float32 values to use instead of random ones, by tensor name.
         byte_tokens: leave them out to make llama.cpp abort at the first tokenize.
         duplicate: give two tokens one text, to make llama.cpp abort while loading.
@@ -96,21 +96,25 @@ def write_random_model(
             block + "attn_v.weight": (kv, hidden),
             block + "attn_output.weight": (hidden, hidden),
             block + "ffn_norm.weight": (hidden,),
+        }
+        if experts:
+            shapes[block + "ffn_gate_inp.weight"] = (experts, hidden)
+        shapes |= {
             f"{block}ffn_gate{suffix}.weight": (*stack, feed_forward, hidden),
             f"{block}ffn_up{suffix}.weight": (*stack, feed_forward, hidden),
             f"{block}ffn_down{suffix}.weight": (*stack, hidden, feed_forward),
         }
-        if experts:
-            shapes[block + "ffn_gate_inp.weight"] = (experts, hidden)
     shapes |= {"output_norm.weight": (hidden,), "output.weight": (len(tokens), hidden)}
     for name, shape in shapes.items():
         values = generator.standard_normal(shape, np.float32)
         values = np.abs(values) if len(shape) == 1 else values / np.float32(np.sqrt(shape[-1]))
+        if "attn_output" in name or "ffn_down" in name:
+            values /= 10  # else rounding errors grow from layer to layer, and move tokens to other experts
         if change and name in change:
             values = change[name].astype(np.float32)
         if name == poison:
             values.flat[0] = np.nan
-        if len(shape) == 1 or kind == Kind.F32 or ("ffn_gate_inp" in name and kind == Kind.BF16):
+        if len(shape) == 1 or "ffn_gate_inp" in name or kind == Kind.F32:
             writer.add_tensor(name, values)
         elif kind == Kind.BF16:
             writer.add_tensor(name, bf16_bits(values), raw_dtype=Kind.BF16)

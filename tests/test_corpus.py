@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +60,46 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
         read_corpus([tmp_path])
     with pytest.raises(UsageError):
         read_corpus([])
+
+
+def test_a_text_of_terabytes_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "sparse.txt"
+    with path.open("wb") as file:
+        file.truncate(3 << 40)
+    with pytest.raises(InputError, match=r"sparse\.txt is larger than 1 GiB"):
+        read_corpus([path])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
+def test_a_pipe_is_read_if_somebody_writes_to_it(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is a device"):
+        read_corpus([Path("/dev/zero")])
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    with pytest.raises(InputError, match="Nothing comes out of the pipe"):
+        read_corpus([path])
+    reader, writer = os.pipe()
+    shell = subprocess.Popen(["sh", "-c", "echo text; echo more"], stdout=writer)
+    os.close(writer)
+    try:
+        assert read_corpus([Path(f"/dev/fd/{reader}")]).text == b"text\nmore"
+    finally:
+        os.close(reader)
+        shell.wait()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
+def test_an_endless_pipe_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("localmix.corpus.MAX_BYTES", 1 << 20)
+    reader, writer = os.pipe()
+    endless = subprocess.Popen(["cat", "/dev/zero"], stdout=writer, stderr=subprocess.DEVNULL)
+    os.close(writer)
+    try:
+        with pytest.raises(InputError, match="is larger than"):
+            read_corpus([Path(f"/dev/fd/{reader}")])
+    finally:
+        os.close(reader)
+        endless.wait()
 
 
 def test_chunks_do_not_overlap_and_start_with_bos() -> None:

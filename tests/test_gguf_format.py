@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from localmix.errors import InputError
 from localmix.gguf_format import encode_header, layout, read_header
 from localmix.sources.base import MetaValue, TensorInfo, ValueType, array, boolean, f32, text, u32
+from localmix.sources.open import open_source
 from localmix.tensor_types import TensorType
 from tests.random_model import write_random_model
 
@@ -148,3 +150,17 @@ def _whole_model(factory: pytest.TempPathFactory) -> Path:
         folder = factory.mktemp("fuzz")
         _cache.append(write_random_model(folder / "model.gguf", layers=1, hidden=64, feed_forward=64, experts=0))
     return _cache[0]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.gguf")
+    with pytest.raises(InputError, match="not a regular file"):
+        read_header(tmp_path / "model.gguf")
+
+
+def test_an_architecture_that_is_no_name(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(encode_header({"general.architecture": u32(5)}, []))
+    with pytest.raises(InputError, match="names no architecture"):
+        open_source(path)

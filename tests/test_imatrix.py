@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from localmix.errors import FileError, InputError
-from localmix.imatrix import Coverage, collect, merge, partial_path
-from localmix.importance import Importance, load_importance, write_importance
+from localmix.imatrix import collect, merge, partial_path
+from localmix.importance import Coverage, Importance, load_importance, write_importance
 from localmix.native.model import Context, Model
 from localmix.native.tensors import EvalCallback, Tensor, operations, read, weight_name
 from localmix.perplexity import measure

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
 
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 
 from localmix.errors import FileError, InputError
+from localmix.gguf_format import encode_header, layout
 from localmix.importance import Entry, Importance, load_importance, write_importance
-from localmix.sources.base import TensorInfo
+from localmix.sources.base import MetaValue, TensorInfo, ValueType, array, f32, text, u32
 from localmix.tensor_types import TensorType
 
 
@@ -41,7 +43,6 @@ def test_rows_are_means_and_an_unreached_expert_is_filled(ones: bool, filled: li
     importance = Importance({"w": Entry(sums, np.array([2, 0, 1], np.float32))}, fill_with_ones=ones)
     rows = importance.rows(TensorInfo("w", (3, 7, 2), TensorType.BF16))
     np.testing.assert_array_equal(rows, np.array([[1, 2], filled, [3, 4]], np.float32))
-    assert importance.entries["w"].uncovered == [1]
     assert importance.rows(TensorInfo("other", (7, 2), TensorType.BF16)) is None
 
 
@@ -93,6 +94,50 @@ def test_broken_files_are_refused(name: str, tmp_path: Path) -> None:
 def test_a_model_is_no_imatrix(random_model: Path) -> None:
     with pytest.raises(InputError, match="holds the tensor"):
         load_importance(random_model)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("imatrix.chunk_count", text("abc")),
+        ("imatrix.chunk_count", array(ValueType.UINT32, [1])),
+        ("imatrix.chunk_count", MetaValue(ValueType.INT32, -4)),
+        ("imatrix.chunk_count", MetaValue(ValueType.UINT64, 1 << 40)),
+        ("imatrix.chunk_size", f32(512)),
+        ("imatrix.datasets", u32(1)),
+        ("imatrix.datasets", array(ValueType.UINT32, [1])),
+        ("imatrix.datasets", text("wiki.txt")),
+    ],
+)
+def test_metadata_of_the_wrong_kind_is_refused(key: str, value: MetaValue, tmp_path: Path) -> None:
+    path = tmp_path / "imatrix.gguf"
+    infos = [TensorInfo("w.in_sum2", (1, 8), TensorType.F32), TensorInfo("w.counts", (1, 1), TensorType.F32)]
+    path.write_bytes(encode_header({key: value}, infos) + bytes(layout(infos)[1]))
+    with pytest.raises(InputError, match=f"its entry {key} is "):
+        load_importance(path)
+
+
+def test_a_negative_number_of_chunks_in_the_older_format(tmp_path: Path) -> None:
+    path = tmp_path / "old.dat"
+    path.write_bytes(legacy(("blk.0.w", 4, [4, 8]), tail=struct.pack("<i", -9)))
+    with pytest.raises(InputError, match="chunks is '-9'"):
+        load_importance(path)
+
+
+def test_a_file_far_too_large_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "sparse"
+    with path.open("wb") as file:
+        file.truncate(3 << 40)
+    with pytest.raises(InputError, match="3,072 GiB, and 4 are the most"):
+        load_importance(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
+def test_what_is_no_regular_file_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(InputError, match="not a regular file"):
+            load_importance(path)
 
 
 def test_a_missing_file(tmp_path: Path) -> None:

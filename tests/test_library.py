@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import time
 from pathlib import Path
@@ -76,7 +77,7 @@ def test_the_checkpoint_stands_in_for_a_source_that_was_deleted(home: Path, tmp_
     checkpoint.mkdir()
     full = put(home, "m", "BF16")
     put(home, "m", "Q8_0")
-    library.remember(full, checkpoint=checkpoint)
+    library.remember(full, source=checkpoint)
     full.unlink()
     assert resolve(None, Purpose.SOURCE) == checkpoint
     assert resolve("m", Purpose.CHECKPOINT) == checkpoint
@@ -96,7 +97,7 @@ def test_what_was_used_last(home: Path) -> None:
     library.remember(full)
     assert resolve(None, Purpose.MEASURE) == full
     assert resolve(None, Purpose.RUN) == large
-    library.remember(full.parent)
+    library.remember([full, small])
     assert resolve(None, Purpose.RUN) == large
     library.remember(small)
     small.unlink()
@@ -113,7 +114,20 @@ def test_a_file_outside_is_remembered_too(home: Path, tmp_path: Path) -> None:
     assert resolve(None, Purpose.RUN).name == "m-Q8_0.gguf"
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"model": 3, "checkpoints": []}', "\x00\x01", '{"file": null}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{",
+        '{"model": 3, "checkpoints": []}',
+        "\x00\x01",
+        '{"file": null}',
+        "[" * 200_000,
+        '{"checkpoints": {"m": 5}}',
+    ],
+    ids=lambda content: content[:20],
+)
 def test_a_broken_state_file_is_as_none(home: Path, content: str) -> None:
     path = put(home, "m", "Q8_0")
     (home / "state.json").write_text(content)
@@ -224,3 +238,99 @@ def test_a_home_that_is_no_folder_is_a_file_error(tmp_path: Path, monkeypatch: p
     with pytest.raises(LocalmixError):
         library.make_room(tmp_path / "home" / "m" / "m-Q8_0.gguf")
     library.remember(tmp_path / "x.gguf")  # a convenience: no error
+
+
+def test_of_several_files_elsewhere_the_first_is_used_last(home: Path, tmp_path: Path) -> None:
+    files = [tmp_path / "multi" / f"x-{kind}.gguf" for kind in ("Q8_0", "Q4_0")]
+    files[0].parent.mkdir()
+    for path in files:
+        path.write_bytes(b"x")
+    library.remember(files)
+    assert resolve(None, Purpose.RUN) == files[0]
+
+
+def test_two_models_of_one_name_share_nothing(home: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "a" / "m", tmp_path / "b" / "m"
+    file, twin = tmp_path / "a" / "m-BF16.gguf", tmp_path / "b" / "m-BF16.gguf"
+    for folder in (first, second):
+        folder.mkdir(parents=True)
+    file.write_bytes(b"x")
+    twin.write_bytes(b"y")
+    inside = put(home, "m", "Q8_0")
+    (inside.parent / "m.imatrix.gguf").write_bytes(b"x")
+    for other in (first, second, file, twin):
+        assert library.output_path(other, "Q8_0") == inside  # nobody knows where it came from
+
+    library.remember(inside, source=first)
+    assert library.output_path(first, "Q8_0") == inside
+    assert library.output_path(inside, "Q4_0").parent == inside.parent
+    for other in (second, file, twin):
+        with pytest.raises(UsageError, match=f"made from {first}"):
+            library.output_path(other, "Q8_0")
+        with pytest.raises(UsageError, match="localmix rm m"):
+            library.imatrix_output_path(other)
+        assert library.find_imatrix(other) is None
+    link = tmp_path / "m-Q8_0.gguf"
+    os.link(inside, link)
+    assert library.output_path(link, "Q4_0").parent == inside.parent
+
+    library.remove(library.plan_removal("m"))
+    library.remember(put(home, "m", "Q8_0"), source=file)
+    assert library.output_path(file, "Q4_0").parent == inside.parent
+    with pytest.raises(UsageError, match="another m"):
+        library.output_path(twin, "Q4_0")
+
+
+def test_only_what_lies_in_the_library_has_a_source(home: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "a" / "m", tmp_path / "b" / "m"
+    for folder in (first, second):
+        folder.mkdir(parents=True)
+    library.remember(put(home, "m", "Q8_0"), source=first)
+    library.remember(tmp_path / "m-Q8_0.gguf", source=second)
+    assert resolve("m", Purpose.CHECKPOINT) == first
+
+
+def test_a_path_that_is_not_utf8_is_remembered(home: Path, tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"bad\xff-Q8_0.gguf")
+    try:
+        path.write_bytes(b"x")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+    library.remember(path)
+    assert resolve(None, Purpose.RUN) == path
+
+
+def test_a_link_that_leads_nowhere_is_no_file(home: Path) -> None:
+    put(home, "m", "Q8_0")
+    (home / "m" / "m-Q4_0.gguf").symlink_to("nowhere")
+    assert [file.type for file in library.models()[0].files] == ["Q8_0"]
+
+
+def test_no_empty_folder_stays_of_a_failure(home: Path) -> None:
+    def fail(path: Path) -> None:
+        with pytest.raises(InputError), library.room_for(path):
+            assert path.parent.is_dir()
+            raise InputError("broken")
+
+    fail(home / "m" / "m-Q8_0.gguf")
+    assert not (home / "m").exists()
+    earlier = put(home, "n", "Q8_0")
+    fail(home / "n" / "n-Q4_0.gguf")
+    assert earlier.exists()
+
+
+def test_runs_at_the_same_time_lose_nothing_of_the_state(home: Path, tmp_path: Path) -> None:
+    names = [f"m{number}" for number in range(8)]
+    jobs = [multiprocessing.get_context("spawn").Process(target=_note, args=(home, name)) for name in names]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join(30)
+        assert job.exitcode == 0
+    assert all(resolve(name, Purpose.CHECKPOINT) == home.parent / name for name in names)
+
+
+def _note(home: Path, name: str) -> None:
+    (home.parent / name).mkdir()
+    for _ in range(20):
+        library.remember(put(home, name, "Q8_0"), source=home.parent / name)

@@ -9,11 +9,11 @@ import psutil
 import pytest
 
 from localmix import memory, worker
-from localmix.errors import UsageError
+from localmix.errors import InputError, UsageError
 from localmix.memory import GIB, MIB, Available, Need
 from localmix.plan import Planner
 from localmix.presets import load_presets
-from localmix.sources.base import MetaValue, ShapeOnlySource, TensorInfo, text, u32
+from localmix.sources.base import MetaValue, ShapeOnlySource, TensorInfo, ValueType, array, boolean, f32, text, u32
 from localmix.sources.open import open_source
 from localmix.tensor_types import TensorType
 from tests.checkpoints import Shape, write_checkpoint
@@ -100,6 +100,29 @@ def test_heads_may_differ_between_layers() -> None:
     tensor = TensorInfo("token_embd.weight", (10, 64), TensorType.F16)
     source = ShapeOnlySource(Path("x"), metadata, [tensor])
     assert memory.need(source, 0, 256).kv == 256 * (1 + 2) * (8 + 24) * 2
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("llama.context_length", text("4096")),
+        ("llama.context_length", array(ValueType.INT32, [4096])),
+        ("llama.context_length", f32(float("nan"))),
+        ("llama.context_length", MetaValue(ValueType.INT32, -1)),
+        ("llama.attention.head_count", array(ValueType.INT32, [])),
+        ("llama.attention.head_count", text("32")),
+        ("llama.attention.head_count_kv", array(ValueType.STRING, ["8"])),
+        ("llama.feed_forward_length", array(ValueType.INT32, [])),
+        ("llama.block_count", boolean(True)),
+        ("llama.vocab_size", text("many")),
+        ("tokenizer.ggml.tokens", u32(7)),
+    ],
+)
+def test_metadata_of_the_wrong_kind_is_named(key: str, value: MetaValue) -> None:
+    metadata = {"general.architecture": text("llama"), key: value}
+    source = ShapeOnlySource(Path("broken.gguf"), metadata, [])
+    with pytest.raises(InputError, match=f"^broken.gguf: the metadata entry {key} is "):
+        memory.need(source, 0, memory.trained_context(source))
 
 
 def test_the_largest_context_fits_and_the_next_does_not(mixtral: Path) -> None:

@@ -88,6 +88,33 @@ def test_an_output_that_is_an_input_is_refused(tmp_path: Path) -> None:
             check_outputs([(output, 5)], [source])
 
 
+def test_what_is_no_regular_file_is_not_replaced(tmp_path: Path) -> None:
+    target = tmp_path / "target.gguf"
+    target.write_bytes(b"there")
+    link, pipe, loop = tmp_path / "link", tmp_path / "pipe", tmp_path / "loop"
+    link.symlink_to(target)
+    loop.symlink_to(loop)
+    os.mkfifo(pipe)
+    for path, reason in ((link, "symbolic link"), (pipe, "no regular file"), (loop, "symbolic link")):
+        with pytest.raises(FileError, match=reason):
+            check_outputs([(path, 1)], [])
+    with pytest.raises(UsageError, match="An output is a file"):
+        check_outputs([(tmp_path / "-", 1)], [])
+    assert link.is_symlink() and target.read_bytes() == b"there"
+
+
+def test_a_link_in_the_place_of_the_journal_is_not_followed(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    (tmp_path / ".model.gguf.journal.new").symlink_to(victim)
+    with OutputFile(tmp_path / "model.gguf", 4, "fingerprint") as output:
+        output.write(0, b"data")
+        output.keep([0, 1])
+        output.commit()
+    assert victim.read_bytes() == b"precious"
+    assert names(tmp_path) == ["model.gguf", "victim"]
+
+
 def test_two_outputs_with_one_name_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="Two outputs"):
         check_outputs([(tmp_path / "a", 1), (tmp_path / "a", 1)], [])

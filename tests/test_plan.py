@@ -9,7 +9,7 @@ import pytest
 
 from localmix.errors import InputError, UsageError
 from localmix.importance import Entry, Importance
-from localmix.plan import Planner, check_importance, check_quantizable
+from localmix.plan import Planner, check_coverage, check_importance, check_quantizable, check_rules
 from localmix.presets import Rule, load_presets
 from localmix.quantize import quantize
 from localmix.sources.base import Source
@@ -116,6 +116,20 @@ def test_a_rule_that_is_no_regular_expression(mixtral: Source) -> None:
         Planner(mixtral).plan(load_presets().find("Q4_K"), rules=[Rule("attn_(", TensorType.Q8_0)])
 
 
+def test_a_rule_that_does_nothing_is_said(mixtral: Source) -> None:
+    def check(*rules: Rule) -> list[str]:
+        return check_rules(Planner(mixtral).plan(load_presets().find("Q4_K"), rules=rules), rules)
+
+    with pytest.raises(UsageError, match="nosuchtensor=Q4_0 matches no tensor"):
+        check(Rule("attn_v", TensorType.Q8_0), Rule("nosuchtensor", TensorType.Q4_0))
+    assert check(Rule("attn_v", TensorType.Q8_0)) == []
+    [note] = check(Rule("norm", TensorType.Q4_0))
+    assert "norm=Q4_0 changes nothing: the 65 tensors" in note
+    [note] = check(Rule("attn_v", TensorType.Q8_0), Rule("attn_v.w", TensorType.Q4_0))
+    assert "attn_v.w=Q4_0 changes nothing" in note
+    assert check(Rule("[[:alpha:]]+_v", TensorType.Q8_0)) == []  # which Python reads otherwise
+
+
 def test_fallbacks_are_counted_with_what_was_meant(tmp_path: Path) -> None:
     model = write_random_model(tmp_path / "model.gguf", layers=2, experts=0, feed_forward=352)
     with open_source(model) as source:
@@ -140,6 +154,24 @@ def test_an_imatrix_of_another_model_is_refused_before_the_work(mixtral: Source)
     other = Importance({"blk.0.attn_q.weight": Entry(np.ones((1, 64), np.float32), np.ones(1, np.float32))})
     with pytest.raises(InputError, match="another model"):
         check_importance(Planner(mixtral).plan(load_presets().find("Q4_K_M")), other)
+
+
+def entries(*names: str) -> Importance:
+    return Importance({name: Entry(np.ones((1, 4096), np.float32), np.ones(1, np.float32)) for name in names})
+
+
+def test_an_imatrix_that_shares_no_name_is_of_another_model(mixtral: Source) -> None:
+    plan = Planner(mixtral).plan(load_presets().find("Q4_K_M"))
+    with pytest.raises(InputError, match=r"another model: it names blk\.70\.attn_q\.weight"):
+        check_coverage(plan, entries("blk.70.attn_q.weight", "output.weight"))
+
+
+def test_an_imatrix_that_leaves_out_weights_is_said(mixtral: Source) -> None:
+    plan = Planner(mixtral).plan(load_presets().find("Q4_K_M"))
+    names = [f"blk.{layer}.attn_q.weight" for layer in range(3)]
+    [note] = check_coverage(plan, entries(*names))
+    assert "covers 3 of the 224 weights" in note and "blk.0.attn_k.weight" in note
+    assert check_coverage(plan, entries(*(tensor.info.name for tensor in plan.tensors))) == []
 
 
 def test_a_quantized_source_is_refused(tmp_path: Path) -> None:

@@ -60,6 +60,10 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
         ("presets: {X: {output: Q9_K}}", "names Q9_K"),
         ("presets: {X: {rules: {}}}", "is not a list"),
         ("presets: {X: {rules: [{tensor: a}]}}", "needs the fields tensor and type"),
+        ("presets: {X: {output: Q8_K}}", "names Q8_K, which is no tensor type"),
+        ("presets: {X: {}, X: {}}", "found a key twice"),
+        ("presets: {X: {pure: maybe}}", "true or false is meant"),
+        ("[" * 100_000, "nested too deep"),
         ("aliases: {A: B}", "names B, which is no preset"),
         ("sets: {s: [B]}", "names B, which is no preset"),
     ],
@@ -70,6 +74,22 @@ def test_a_broken_file_is_refused_with_the_entry(content: str, reason: str, tmp_
     with pytest.raises(InputError, match=reason) as caught:
         load_presets(path)
     assert str(path) in caught.value.message
+
+
+def test_the_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text("presets:\n  A: {}\n  B:\n    advice: fine\n    output: Q9_K\nsets:\n  s: [A]\n", "utf-8")
+    with pytest.raises(InputError, match="line 3: the preset B names Q9_K"):
+        load_presets(path)
+    path.write_text("presets:\n  A:\n    advice: fine\n    bits: 4\n", "utf-8")
+    with pytest.raises(InputError, match="line 4: the preset A has the unknown field 'bits'"):
+        load_presets(path)
+    path.write_text("presets:\n  A: {}\nsets:\n  s: [A]\n  t: [B]\n", "utf-8")
+    with pytest.raises(InputError, match="line 5: the set t names B"):
+        load_presets(path)
+    path.write_text("presets:\n  A: {\n", "utf-8")
+    with pytest.raises(InputError, match="line 3"):
+        load_presets(path)
 
 
 def test_a_missing_file(tmp_path: Path) -> None:

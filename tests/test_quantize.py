@@ -108,7 +108,8 @@ def test_an_unreached_expert_is_said_and_gets_the_mean(model: Path, tmp_path: Pa
     preset = load_presets().find("IQ3_XXS")
     ours = quantize(model, [(preset, tmp_path / "mean.gguf")], imatrix=imatrix)
     theirs = quantize(model, [(preset, tmp_path / "ones.gguf")], imatrix=imatrix, upstream_imatrix=True)
-    assert "reached expert 5, so the mean" in ours.notes[0]
+    assert "Layer 0: no calibration token reached expert 5, so the mean" in ours.notes[0]
+    assert "blk.0.ffn_down_exps.weight" in ours.notes[0]
     assert "every column counts the same" in theirs.notes[0]
     down = "blk.0.ffn_down_exps.weight"
     one, other = (
@@ -134,3 +135,14 @@ def test_rules_and_overrides_are_read_strictly() -> None:
     for spec in ("key", "key=int", "key=int:x", "key=bool:maybe", "=int:3", "key=list:1"):
         with pytest.raises(UsageError):
             parse_override(spec)
+
+
+@pytest.mark.parametrize("typed", ["int:-5", "int:4294967296", "float:1e300", "float:-inf", "float:nan"])
+def test_an_override_out_of_range_is_refused(typed: str) -> None:
+    with pytest.raises(UsageError, match="is no number from"):
+        parse_override(f"llama.context_length={typed}")
+
+
+def test_the_largest_overrides() -> None:
+    assert parse_override("k=int:4294967295")[1].value == (1 << 32) - 1
+    assert parse_override("k=float:3.4028234e38")[1].value == pytest.approx(3.4028234e38)

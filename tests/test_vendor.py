@@ -57,9 +57,7 @@ def tools() -> Path:
 
 
 def test_one_version_everywhere() -> None:
-    dependency = re.search(
-        r'"llama-cpp-python==([^"]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    )
+    dependency = re.search(r'"llama-cpp-python==([^"]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert dependency
     assert dependency[1] == PIN["version"] == llama_cpp.__version__
     assert PIN["sdist"] == f"llama_cpp_python-{PIN['version']}.tar.gz"

@@ -34,6 +34,17 @@ LOG_INTERVAL = 10.0
 _STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
 
 
+@dataclasses.dataclass(frozen=True)
+class Rate:
+    """How a speed is told: `unit` is so many (`scale`) of the units that progress counts, each second."""
+
+    unit: str
+    scale: float
+
+
+WEIGHTS = Rate("M weights/s", 1e6)
+
+
 class Console:
     """Where one command's results and messages go."""
 
@@ -143,57 +154,84 @@ class Console:
         return sys.stdin.readline().strip().lower() in ("y", "yes")
 
     @contextmanager
-    def progress(self) -> Iterator[Progress]:
-        """A `progress(done, total, label)` for a long function: a bar on a terminal, else a line now and then."""
+    def progress(self, rate: Rate | None = None) -> Iterator[Progress]:
+        """A `progress(done, total, label)` for a long function: a bar on a terminal, else a line now and then.
+
+        Args:
+            rate: how to tell the speed; without it only the time is told.
+        """
         if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
-            with _bar() as report:
+            with _bar(rate) as report:
                 yield report
         else:
-            yield _LogProgress(sys.stderr)
+            yield _LogProgress(sys.stderr, rate)
 
     def _document(self, document: object) -> None:
         text = json_format.dumps(_plain(document), ensure_ascii=False, allow_nan=False, indent=2)
         print(inert_json(text), file=sys.stdout)
 
 
+class _Speed:
+    """Units per second since the first report: work that an earlier run did does not count."""
+
+    def __init__(self, rate: Rate | None) -> None:
+        self._rate = rate
+        self._start: tuple[float, int] | None = None
+
+    def report(self, done: int, total: int) -> tuple[str, str]:
+        """The speed and the time left, each as text or empty."""
+        now = time.monotonic()
+        if self._start is None:
+            self._start = now, done
+        seconds, units = now - self._start[0], done - self._start[1]
+        if units <= 0 or seconds <= 0:
+            return "", ""
+        left = f"{(total - done) * seconds / units:.0f} s left" if total else ""
+        return (f"{units / seconds / self._rate.scale:.1f} {self._rate.unit}" if self._rate else ""), left
+
+
 class _LogProgress:
     """Progress as lines of a log file, at most one every `LOG_INTERVAL` seconds."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, rate: Rate | None) -> None:
         self._stream = stream
         self._lock = threading.Lock()
         self._started = self._last = time.monotonic()
+        self._speed = _Speed(rate)
 
     def __call__(self, done: int, total: int, label: str) -> None:
         now = time.monotonic()
         with self._lock:
+            speed, left = self._speed.report(done, total)
             if now - self._last < LOG_INTERVAL:
                 return
             self._last = now
-        elapsed = now - self._started
-        share = f"{100 * done // total} %, " if total else ""
-        print(f"{inert(label)}: {share}{elapsed:.0f} s", file=self._stream, flush=True)
+        share = f"{100 * done // total} %" if total else ""
+        told = ", ".join(filter(None, (share, f"{now - self._started:.0f} s", speed, left)))
+        print(f"{inert(label)}: {told}", file=self._stream, flush=True)
 
 
 @contextmanager
-def _bar() -> Iterator[Progress]:
+def _bar(rate: Rate | None) -> Iterator[Progress]:
     import rich.console
     import rich.progress
-    import rich.text
 
     columns = (
         rich.progress.TextColumn("{task.description}", markup=False),
         rich.progress.BarColumn(bar_width=32),
         rich.progress.TaskProgressColumn(),
+        *([rich.progress.TextColumn("{task.fields[speed]}", markup=False)] if rate else []),
         rich.progress.TimeElapsedColumn(),
         rich.progress.TimeRemainingColumn(),
     )
     console = rich.console.Console(stderr=True)
+    measured = _Speed(rate)
     with rich.progress.Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=None)
+        task = bar.add_task("", total=None, speed="")
 
         def report(done: int, total: int, label: str) -> None:
-            bar.update(task, completed=done, total=total or None, description=inert(label))
+            speed, _ = measured.report(done, total)
+            bar.update(task, completed=done, total=total or None, description=inert(label), speed=speed)
 
         yield report
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from localmix.cli.console import Console
+from localmix.cli.console import WEIGHTS, Console
 from localmix.cli.parameters import FILE, MODEL, examples, json_option, threads_option
 
 
@@ -44,14 +44,12 @@ def command(model: str | None, output: Path | None, kind: str, threads: int | No
         with open_source(path) as source:
             name = weight_type(source) if kind == "auto" else kind.upper()
         if output is None:
-            library.check_name_is_free(path)
             output = library.output_path(path, name)
         else:
             output = output / f"{library.model_name(path)}-{name}.gguf"
-    library.make_room(output)
-    with console.progress() as progress:
+    with library.room_for(output), console.progress(WEIGHTS) as progress:
         converted = convert(path, output, kind, threads=threads, progress=progress)
-    library.remember(output, checkpoint=path if path.is_dir() else None)
+    library.remember([output], source=path)
 
     for note in converted.notes:
         console.warn(note)

@@ -67,7 +67,7 @@ def command(
     from localmix.errors import Interrupted, UsageError
     from localmix.imatrix import collect, partial_path
     from localmix.output import check_outputs
-    from localmix.table import number
+    from localmix.table import Column, Table, number
 
     console = Console(json)
     if parts:
@@ -114,10 +114,17 @@ def command(
             + (" (of the chunks of this run)" if resume else ""),
             "weights": str(result.entries),
         }
-        if result.coverage.least:
-            layer, expert, tokens = result.coverage.least
-            fields["coverage"] = f"the least used expert ({expert} of layer {layer}) saw {tokens:,} tokens"
+        if result.coverage.tokens:
+            fields["coverage"] = result.coverage.summary
         console.fields(fields)
+        if result.coverage.tokens:
+            console.line()
+            experts = range(max(map(len, result.coverage.tokens.values())))
+            columns = (Column("Tokens of layer"), *(Column(f"expert {expert}") for expert in experts))
+            rows = tuple(
+                (str(layer), *(f"{count:,}" for count in counts)) for layer, counts in result.coverage.tokens.items()
+            )
+            console.table(Table(columns, rows))
 
     console.result(
         {

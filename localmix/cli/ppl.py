@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from localmix.cli.console import Console
+from localmix.cli.console import WEIGHTS, Console
 from localmix.cli.parameters import (
     FILE,
     MODEL,
@@ -97,7 +97,7 @@ def command(
         if done and not json:
             draw()
         raise
-    library.remember(paths[0] if len(paths) == 1 else paths[0].parent)
+    library.remember(paths)
 
     shown = {note for measured in done if measured.perplexity for note in measured.perplexity.notes}
     for note in sorted(shown):
@@ -125,7 +125,7 @@ def _all_types(console: Console, model: str | None, names: list[str], threads: i
     inputs = [path for path in (source, imatrix) if path is not None]
     found = {name: library.output_path(source, name) for name in names}
     missing = [
-        (load_presets().find(name), library.make_room(path))
+        (load_presets().find(name), path)
         for name, path in found.items()
         if path != source and not library.is_newer(path, inputs)
     ]
@@ -133,8 +133,10 @@ def _all_types(console: Console, model: str | None, names: list[str], threads: i
         console.note(f"Quantizing {', '.join(preset.name for preset, _ in missing)}")
         if imatrix is not None:
             console.note(f"With the importance matrix {imatrix}")
-        with console.progress() as progress:
+        with library.room_for(missing[0][1]), console.progress(WEIGHTS) as progress:
             quantized = quantize(source, missing, imatrix=imatrix, threads=threads, progress=progress)
+        # before the measuring, which may be stopped
+        library.remember([path for _, path in missing], source=source)
         for note in quantized.notes:
             console.warn(note)
     reference = [source] if source.suffix == ".gguf" else []

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from localmix.cli.console import Console
+from localmix.cli.console import WEIGHTS, Console
 from localmix.cli.parameters import (
     FILE,
     MODEL,
@@ -125,13 +126,10 @@ def command(
         raise UsageError("The model library holds whole files.", "Name a file or a folder for the parts with -o.")
     presets = [_changed(known.find(name), output_type, embedding_type, pure) for name in names]
     outputs = [(preset, _output(path, output, preset.name)) for preset in presets]
-    if not dry_run:
-        library.make_room(outputs[0][1])
     if imatrix is None and not no_imatrix and any(preset.imatrix != "unused" for preset in presets):
         imatrix = library.find_imatrix(path)
-        if imatrix is not None:
-            console.note(f"With the importance matrix {imatrix}")
-    with console.progress() as progress:
+    room = nullcontext() if dry_run else library.room_for(outputs[0][1])
+    with room, console.progress(WEIGHTS) as progress:
         quantized = quantize(
             path,
             outputs,
@@ -146,10 +144,13 @@ def command(
             progress=progress,
         )
     if not dry_run:
-        # of several files none is the one used last: then the model as a whole is
-        one = len(quantized.outputs) == 1
-        library.remember(quantized.outputs[0].path if one else quantized.outputs[0].path.parent)
+        library.remember([summary.path for summary in quantized.outputs], source=path)
 
+    importance = quantized.importance
+    if importance is not None:
+        told = f"{importance.chunk_count} chunks of {', '.join(importance.datasets)}"
+        covered = f"; {importance.coverage.summary}" if importance.coverage.tokens else ""
+        console.note(f"With the importance matrix {imatrix}: {told}{covered}.")
     for note in quantized.notes:
         console.warn(note)
     for summary in quantized.outputs:
@@ -175,7 +176,19 @@ def command(
         done = "planned; nothing was written" if dry_run else f"in {quantized.seconds:.1f} s"
         console.table(Table(columns, rows, f"{total} {done}"))
 
-    console.result({"outputs": quantized.outputs, "seconds": quantized.seconds}, draw)
+    document = {
+        "outputs": quantized.outputs,
+        "seconds": quantized.seconds,
+        "imatrix": None
+        if importance is None
+        else {
+            "path": imatrix,
+            "chunks": importance.chunk_count,
+            "datasets": importance.datasets,
+            "unreached": importance.coverage.unreached,
+        },
+    }
+    console.result(document, draw)
 
 
 def _output(source: Path, output: Path | None, kind: str) -> Path:

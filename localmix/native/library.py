@@ -80,6 +80,7 @@ def api() -> ModuleType:
     Raises:
         InputError: llama-cpp-python is missing, broken or of another version.
     """
+    os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # else an abort starts a debugger, where one is installed
     try:
         import llama_cpp
         from llama_cpp import llama_cpp as bindings

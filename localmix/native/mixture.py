@@ -8,13 +8,15 @@ when the pin moves; only the form of its log lines is ours to know.
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from localmix.errors import InputError, UsageError
+from localmix.errors import FileError, InputError, UsageError
 from localmix.native.library import api, log
 from localmix.tensor_types import TensorType
 
@@ -85,7 +87,7 @@ def choose_types(
     if rules:
         overrides = (bindings.llama_model_tensor_override * (len(rules) + 1))()  # ends with a null pattern
         for slot, (pattern, kind) in zip(overrides, rules, strict=False):
-            slot.pattern, slot.type = pattern.encode(), kind
+            slot.pattern, slot.type = pattern.encode("utf-8", "surrogateescape"), kind
         parameters.tt_overrides = ctypes.cast(overrides, type(parameters.tt_overrides))
     if has_imatrix:
         # one dummy entry is enough: only its presence is looked at in a dry run
@@ -94,20 +96,30 @@ def choose_types(
         entries[0].name, entries[0].data, entries[0].size = b"-", one, 1
         parameters.imatrix = entries
 
-    with tempfile.TemporaryDirectory(prefix="localmix-plan-") as folder:
-        path = Path(folder) / "skeleton.gguf"
-        path.write_bytes(skeleton)
-        log.reset()
-        with log.capture() as lines:
-            code = bindings.llama_model_quantize(str(path).encode(), b"unused.gguf", ctypes.byref(parameters))
+    try:
+        with tempfile.TemporaryDirectory(prefix="localmix-plan-") as folder:
+            path = Path(folder) / "skeleton.gguf"
+            path.write_bytes(skeleton)
+            log.reset()
+            # In a thread, because Ctrl-C raises in the main one: inside the log callback it would be lost with a line
+            with log.capture() as lines, ThreadPoolExecutor(1) as pool:
+                code = pool.submit(
+                    bindings.llama_model_quantize, os.fsencode(path), b"unused.gguf", ctypes.byref(parameters)
+                ).result()
+    except OSError as error:
+        raise FileError(
+            f"There is no temporary folder with {len(skeleton) / 1e6:.0f} MB for planning: {error.strerror or error}.",
+            "Name one with the environment variable TMPDIR.",
+        ) from error
     if code != 0:
-        reason = log.last_error or f"code {code}"
+        reason = log.last_error.removeprefix("llama_model_quantize: failed to quantize: ") or f"code {code}"
         # what a C++ library says of a bad pattern differs from system to system
         if "regular expression" in reason or "regex" in reason:
             raise UsageError(
-                f"A tensor rule is no regular expression: {reason}.", "Patterns follow ECMAScript's syntax."
+                f"A tensor rule is no regular expression: {reason.rstrip('.')}.",
+                "Patterns follow ECMAScript's syntax.",
             )
-        raise InputError(f"llama.cpp cannot quantize this model: {reason}.")
+        raise InputError(f"llama.cpp cannot quantize this model: {reason.rstrip('.')}.")
     return _parse(lines)
 
 

@@ -143,6 +143,38 @@ class Source(ABC):
         found = self.metadata.get(key.replace("{arch}", self.architecture))
         return default if found is None else found.value
 
+    def numbers(self, key: str, default: Sequence[int] = (0,)) -> Sequence[int]:
+        """A metadata entry that is one number, or one for each layer; at least one.
+
+        Raises:
+            InputError: it is something else, or a number is negative.
+        """
+        value = self.get(key)
+        if value is None:
+            return default
+        found = value if isinstance(value, list) else [value]
+        if not found or any(type(number) is not int or number < 0 for number in found):  # a bool is no number
+            raise self._wrong_kind(key, value, "not a number, or one for each layer")
+        return found
+
+    def number(self, key: str, default: int = 0) -> int:
+        """A metadata entry that is one number.
+
+        Raises:
+            InputError: it is something else, or negative.
+        """
+        value = self.get(key, default)
+        if type(value) is not int or value < 0:
+            raise self._wrong_kind(key, value, "not a number")
+        return value
+
+    def _wrong_kind(self, key: str, value: Any, wanted: str) -> InputError:
+        shown = repr(value) if len(repr(value)) < 60 else repr(value)[:60] + "…"
+        return InputError(
+            f"{self.path}: the metadata entry {key.replace('{arch}', self.architecture)} is {shown}, {wanted}.",
+            "Download the model again, or set the entry with `localmix quantize COPY --override-kv`.",
+        )
+
 
 @dataclass
 class ShapeOnlySource(Source):

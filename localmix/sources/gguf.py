@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from localmix.errors import FileError, InputError
-from localmix.gguf_format import Header, StoredTensor, read_header
+from localmix.errors import InputError
+from localmix.gguf_format import StoredTensor, read_header
 from localmix.sources.base import MetaValue, Source, TensorInfo
 from localmix.sources.positional import PositionalFile
 from localmix.tensor_types import FLOAT_TYPES, row_bytes
@@ -35,11 +35,12 @@ class GGUFFile(Source):
         self.path = path
         self.notes: list[str] = []
         paths = _split_parts(path)
-        headers = [_header(part) for part in paths]
+        headers = [read_header(part) for part in paths]
         self.metadata: dict[str, MetaValue] = {
             key: value for key, value in headers[0].metadata.items() if not key.startswith("split.")
         }
-        if "general.architecture" not in self.metadata:
+        architecture = self.metadata.get("general.architecture")
+        if architecture is None or not isinstance(architecture.value, str):
             raise InputError(f"{path} names no architecture.", "Only GGUF files of models can be used here.")
         self._parts = [PositionalFile(part) for part in paths]
         self._places: dict[str, tuple[PositionalFile, StoredTensor]] = {}
@@ -67,13 +68,6 @@ class GGUFFile(Source):
     def close(self) -> None:
         for part in self._parts:
             part.close()
-
-
-def _header(path: Path) -> Header:
-    try:
-        return read_header(path)
-    except OSError as error:
-        raise FileError(f"{path} cannot be opened: {error.strerror}.") from error
 
 
 def _split_parts(path: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from tests.commands import CommandLine
@@ -207,3 +208,42 @@ def test_doctor(localmix: CommandLine) -> None:
     assert any(device["name"] == "CPU" for device in result["devices"])
     assert result["problems"] == []
     assert result["library"] == str(localmix.home)
+
+
+def test_after_several_files_elsewhere_chat_takes_the_first(localmix: CommandLine) -> None:
+    (localmix.folder / "multi").mkdir()
+    localmix("quantize", "Q8_0,Q4_0", "-o", "multi", "--threads", "1")
+    run = localmix("chat", "-p", "x", "--max-tokens", "1", "--threads", "1", "--json")
+    assert run.json["model"].endswith("fox-Q8_0.gguf")
+
+
+def test_ppl_of_a_file_whose_name_tells_no_type(localmix: CommandLine) -> None:
+    shutil.copy(localmix.home / "fox" / "fox-BF16.gguf", localmix.folder / "plain.gguf")
+    measure = ("--corpus", "corpus.txt", "--ctx", "64", "--chunks", "2", "--threads", "1", "--no-speed", "--json")
+    assert localmix("ppl", "plain.gguf", *measure).json["rows"][0]["type"] == "BF16"
+
+
+def test_two_models_of_one_name_share_no_files(localmix: CommandLine) -> None:
+    localmix("quantize", "Q4_0", "./fox", "--threads", "1")
+    shutil.copytree(localmix.folder / "fox", localmix.folder / "alt" / "fox")
+    shutil.copy(localmix.home / "fox" / "fox-BF16.gguf", localmix.folder / "alt" / "fox-BF16.gguf")
+    before = (localmix.home / "fox" / "fox-Q4_0.gguf").stat()
+    for source in ("alt/fox", "alt/fox-BF16.gguf"):
+        assert "another fox" in localmix.fails("quantize", "Q4_0", source, expect=2)
+        assert "another fox" in localmix.fails("ppl", source, "--types", "Q4_0", "--corpus", "corpus.txt", expect=2)
+        localmix("quantize", "Q4_0", source, "-o", "alt.gguf", "--threads", "1")
+    assert (localmix.home / "fox" / "fox-Q4_0.gguf").stat().st_mtime_ns == before.st_mtime_ns
+
+
+def test_a_file_elsewhere_does_not_change_what_a_model_was_made_from(localmix: CommandLine) -> None:
+    shutil.copytree(localmix.folder / "fox", localmix.folder / "alt" / "fox")
+    localmix("convert", "alt/fox", "-o", "fox-BF16.gguf", "--threads", "1")
+    localmix("convert", "fox", "--threads", "1")
+
+
+def test_a_failure_leaves_no_empty_folder(empty: CommandLine) -> None:
+    (empty.folder / "broken.gguf").write_bytes(b"GGUF")
+    empty.fails("quantize", "Q8_0", "broken.gguf", expect=3)
+    (empty.folder / "fox").mkdir()
+    empty.fails("convert", "fox", expect=3)
+    assert not any(empty.home.glob("*/"))

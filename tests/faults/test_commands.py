@@ -236,8 +236,9 @@ def test_a_limit_on_file_sizes(localmix: CommandLine, unchanged: Callable[[], No
 
 
 @pytest.fixture
-def slow(localmix: CommandLine) -> CommandLine:
-    """With `big-BF16.gguf`, which takes seconds to quantize."""
+def slow(localmix: CommandLine, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
+    """With `big-BF16.gguf`, which takes seconds to quantize with ggml's own kernels."""
+    monkeypatch.setenv("LOCALMIX_KERNELS", "ggml")
     write_checkpoint(localmix.folder / "big", Shape(hidden=512, feed_forward=1024, layers=4))
     localmix("convert", "big", "-o", "big-BF16.gguf")
     return localmix

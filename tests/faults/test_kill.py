@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import random
 import signal
 import subprocess
@@ -55,7 +56,10 @@ def journal(folder: Path) -> str:
 
 
 def start(model: Path, folder: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-c", RUN, str(model), str(folder)], stdout=subprocess.PIPE, text=True)
+    # ggml's own kernels are slow enough to be killed at work.
+    environment = {**os.environ, "LOCALMIX_KERNELS": "ggml"}
+    command = [sys.executable, "-c", RUN, str(model), str(folder)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 
 @pytest.fixture(scope="module")

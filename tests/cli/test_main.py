@@ -123,7 +123,9 @@ def test_a_reader_that_leaves_is_no_error(localmix: CommandLine) -> None:
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_with_130(localmix: CommandLine, number: signal.Signals) -> None:
-    process = localmix.popen("ppl", "--corpus", "corpus.txt", "--ctx", "64")
+    text = (localmix.folder / "corpus.txt").read_text("utf-8")
+    (localmix.folder / "long.txt").write_text(text * 200, "utf-8")  # seconds of work, wherever the signal comes
+    process = localmix.popen("ppl", "--corpus", "long.txt", "--ctx", "64")
     time.sleep(0.7)
     process.send_signal(number)
     out, err = process.communicate(timeout=30)

@@ -50,7 +50,7 @@ bench: setup vendor ## compare speed and memory with llama.cpp's tools
 	@if [ -f bench/run.py ]; then $(PY) bench/run.py $(BENCH_ARGS); \
 	else echo "There is no benchmark here yet (bench/run.py)."; fi
 
-clean: ## remove what was made in this checkout (models and the user's cache stay)
+clean: ## remove what was made in this checkout, the demo's models too (your library and cache stay)
 	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache vendor/llama.cpp/build
 	rm -rf $(LANES)/*.so $(LANES)/build.ninja $(LANES)/Makefile $(LANES)/CMakeFiles $(LANES)/CMakeCache.txt \
 	$(LANES)/CMakeInit.txt $(LANES)/cmake_install.cmake $(LANES)/.cmake $(LANES)/.ninja_* $(LANES)/.skbuild-info.json

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -104,11 +103,6 @@ class Plan:
     def fallbacks(self) -> tuple[PlannedTensor, ...]:
         """Tensors whose columns fit no block of the type that was meant."""
         return tuple(tensor for tensor in self.tensors if tensor.meant is not None)
-
-    @property
-    def histogram(self) -> dict[str, int]:
-        """How many tensors have each type."""
-        return dict(Counter(tensor.type.name for tensor in self.tensors))
 
 
 class Planner:

@@ -387,10 +387,6 @@ class Context:
         """Forget a sequence from position `start` on; False if this kind of cache cannot (recurrent ones)."""
         return bool(api().llama_memory_seq_rm(self._memory, sequence, start, -1))
 
-    def set_threads(self, threads: int) -> None:
-        """Change the number of threads."""
-        api().llama_set_n_threads(self.handle, threads, threads)
-
 
 class _Batch:
     """A `llama_batch` over numpy arrays of our own, so that it is filled without a loop."""

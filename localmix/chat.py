@@ -324,6 +324,7 @@ class Conversation:
 
 def serve(channel: Channel, path: Path, settings: EngineSettings) -> None:
     """The child's job: load the model, then answer requests until the parent ends it."""
+    from localmix.native.devices import ANYWHERE, PROCESSOR
     from localmix.native.model import CachedText, Context, Model
 
     started = time.monotonic()
@@ -335,9 +336,9 @@ def serve(channel: Channel, path: Path, settings: EngineSettings) -> None:
             shown = share
             channel.emit(_Answer(0, Loading(share)))
 
-    gpu_layers = 0 if _on_cpu(settings.device) else None
+    placement = PROCESSOR if _on_cpu(settings.device) else ANYWHERE
     with (
-        Model(path, gpu_layers=gpu_layers, progress=report, cancelled=channel.cancelled) as model,
+        Model(path, placement=placement, progress=report, cancelled=channel.cancelled) as model,
         Context(
             model, context_length=settings.context, threads=settings.threads, cancelled=channel.cancelled
         ) as context,

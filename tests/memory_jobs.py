@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from localmix.native import library
+from localmix.native.devices import PROCESSOR
 from localmix.native.model import Context, Model
 from localmix.worker import Channel
 
@@ -13,7 +14,7 @@ from localmix.worker import Channel
 def measure(channel: Channel, path: Path, context_length: int) -> tuple[float, float]:
     """MiB of the KV cache and of the compute buffer."""
     with (
-        Model(path, gpu_layers=0, simulate=True) as model,
+        Model(path, placement=PROCESSOR, simulate=True) as model,
         library.log.capture() as lines,
         Context(model, context_length=context_length),
     ):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 from click.shell_completion import CompletionItem
@@ -102,6 +103,39 @@ threads_option = click.option(
 presets_option = click.option(
     "--presets", "presets_file", type=FILE, metavar="FILE", help="Take types and sets from this file instead."
 )
+
+
+def rope_options(function: Command) -> Command:
+    """Options for longer contexts; the command gets one argument `rope`, a `RopeScaling` or None."""
+
+    @click.option("--rope-scaling", type=click.Choice(["none", "linear", "yarn"]), help="How positions are stretched.")
+    @click.option(
+        "--rope-factor", type=FiniteRange(min=0, min_open=True), help="How many times longer the context gets."
+    )
+    @click.option("--rope-freq-base", type=FiniteRange(min=0, min_open=True), help="Base of the rotary frequencies.")
+    @click.option(
+        "--ntk-factor", type=FiniteRange(min=1), help="NTK-aware scaling: a base for a context so many times longer."
+    )
+    @functools.wraps(function)
+    def wrapped(
+        *args: Any,
+        rope_scaling: str | None,
+        rope_factor: float | None,
+        rope_freq_base: float | None,
+        ntk_factor: float | None,
+        **others: Any,
+    ) -> Any:
+        from localmix.errors import UsageError
+        from localmix.rope_scaling import RopeScaling
+
+        if rope_scaling in ("linear", "yarn") and rope_factor is None:
+            raise UsageError(f"--rope-scaling {rope_scaling} needs --rope-factor.")
+        if rope_factor is not None and rope_scaling not in ("linear", "yarn"):
+            raise UsageError("--rope-factor needs --rope-scaling linear or yarn.")
+        rope = RopeScaling(rope_scaling, rope_factor, rope_freq_base, ntk_factor)
+        return function(*args, rope=None if rope == RopeScaling() else rope, **others)
+
+    return cast(Command, wrapped)
 
 
 def examples(*lines: str) -> Callable[[Command], Command]:

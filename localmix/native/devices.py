@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from localmix.errors import UsageError
 from localmix.native.library import api, ggml
 
 # enum ggml_backend_dev_type in ggml-backend.h
@@ -34,6 +35,25 @@ class Device:
     total: int
 
 
+@dataclass(frozen=True)
+class Placement:
+    """What of a model lies on a GPU.
+
+    Attributes:
+        gpu_layers: layers that do; None for as many as llama.cpp places there, 0 for no use of a GPU at all.
+        cpu_expert_layers: of the first so many layers the experts stay in the processor's memory.
+        devices: names of the devices to use, as `devices` gives them; empty for all.
+    """
+
+    gpu_layers: int | None = None
+    cpu_expert_layers: int = 0
+    devices: tuple[str, ...] = ()
+
+
+ANYWHERE = Placement()
+PROCESSOR = Placement(gpu_layers=0)
+
+
 def devices() -> list[Device]:
     """Every device of the installed llama.cpp build, in its own order.
 
@@ -53,6 +73,27 @@ def _handles() -> list[int]:
     registry.ggml_backend_dev_get.argtypes = [ctypes.c_size_t]
     registry.ggml_backend_dev_get.restype = ctypes.c_void_p
     return [registry.ggml_backend_dev_get(index) for index in range(registry.ggml_backend_dev_count())]
+
+
+def device_handle(name: str) -> int:
+    """The `ggml_backend_dev_t` of a device.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    found = {device.name: handle for device, handle in zip(devices(), _handles(), strict=True)}
+    if name not in found:
+        raise UsageError(f"llama.cpp has no device {name!r} here.", f"It has {', '.join(found)}.")
+    return found[name]
+
+
+def cpu_buffer_type() -> int:
+    """The `ggml_backend_buffer_type_t` of the processor's own memory."""
+    base = ggml()
+    base.ggml_backend_dev_buffer_type.restype = ctypes.c_void_p
+    processor = next(handle for device, handle in zip(devices(), _handles(), strict=True) if device.kind == "cpu")
+    found: int = base.ggml_backend_dev_buffer_type(ctypes.c_void_p(processor))
+    return found
 
 
 def _describe(handle: int) -> Device:

@@ -25,9 +25,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from localmix.errors import CapacityError, FileError, InputError, Interrupted
 from localmix.native import library
-from localmix.native.devices import default_threads
+from localmix.native.devices import ANYWHERE, Placement, cpu_buffer_type, default_threads, device_handle
 from localmix.native.library import api
 from localmix.native.tensors import EvalCallback
+from localmix.rope_scaling import RopeScaling
 from localmix.tensor_types import TensorType
 
 # llama.h
@@ -62,7 +63,7 @@ class Model:
 
     Args:
         path: the file.
-        gpu_layers: layers to keep on the GPU; None for all that llama.cpp places there, 0 for no GPU at all.
+        placement: what lies on a GPU.
         mmap: map the file instead of reading it.
         repack: reorder the weights of some types for this processor, in memory of their own
             (`use_extra_bufts`); faster, but anonymous memory.
@@ -82,7 +83,7 @@ class Model:
         self,
         path: Path,
         *,
-        gpu_layers: int | None = None,
+        placement: Placement = ANYWHERE,
         mmap: bool = True,
         repack: bool = True,
         vocabulary_only: bool = False,
@@ -101,12 +102,16 @@ class Model:
         parameters.use_extra_bufts = repack
         parameters.vocab_only = vocabulary_only
         parameters.no_alloc = simulate
-        if gpu_layers is not None:
-            parameters.n_gpu_layers = gpu_layers
-        if gpu_layers == 0:
-            # an empty list of devices: else the KV cache and large products still go to the GPU
-            self._no_devices = (ctypes.c_void_p * 1)(None)
-            parameters.devices = ctypes.cast(self._no_devices, ctypes.c_void_p)
+        if placement.gpu_layers is not None:
+            parameters.n_gpu_layers = placement.gpu_layers
+        if placement.gpu_layers == 0 or placement.devices:
+            # an empty list for no GPU: else the KV cache and large products still go there
+            chosen = [] if placement.gpu_layers == 0 else [device_handle(name) for name in placement.devices]
+            self._devices = (ctypes.c_void_p * (len(chosen) + 1))(*chosen, None)
+            parameters.devices = ctypes.cast(self._devices, ctypes.c_void_p)
+        if placement.cpu_expert_layers:
+            self._overrides = _experts_on_cpu(placement.cpu_expert_layers)
+            parameters.tensor_buft_overrides = ctypes.cast(self._overrides, ctypes.c_void_p)
 
         failures: list[BaseException] = []
 
@@ -173,6 +178,11 @@ class Model:
     def layers(self) -> int:
         """Number of transformer blocks."""
         return int(api().llama_model_n_layer(self.handle))
+
+    @property
+    def head_size(self) -> int:
+        """Numbers in one attention head."""
+        return int(api().llama_model_n_embd(self.handle)) // int(api().llama_model_n_head(self.handle))
 
     @property
     def weight_bytes(self) -> int:
@@ -248,7 +258,8 @@ class Context:
         micro_batch: most tokens that are computed at once.
         sequences: most sequences.
         threads: None for `default_threads()`.
-        type_k, type_v: types of the KV cache.
+        type_k, type_v: types of the KV cache; a quantized `type_v` needs flash attention, which is on where it can be.
+        rope: how positions are stretched beyond the trained context; None for the model's own way.
         unified: one cache that all sequences share, instead of an equal part for each.
         outputs: most tokens of a decode that ask for logits; None for `batch`.
         callback: sees the graph's nodes.
@@ -270,6 +281,7 @@ class Context:
         threads: int | None = None,
         type_k: TensorType = TensorType.F16,
         type_v: TensorType = TensorType.F16,
+        rope: RopeScaling | None = None,
         unified: bool = False,
         outputs: int | None = None,
         callback: EvalCallback | None = None,
@@ -284,6 +296,8 @@ class Context:
         parameters.n_seq_max = sequences
         parameters.n_threads = parameters.n_threads_batch = threads or default_threads()
         parameters.type_k, parameters.type_v = int(type_k), int(type_v)
+        if rope is not None:
+            _set_rope(parameters, rope, model)
         parameters.kv_unified = unified
         parameters.n_outputs_max = outputs or 0
         self._callback = callback  # llama.cpp keeps the pointer; so must we
@@ -571,6 +585,45 @@ class CachedText:
                 self.tokens.clear()
             raise
         self.tokens.extend(tokens.tolist())
+
+
+class _Override(ctypes.Structure):
+    """`llama_model_tensor_buft_override`, which the bindings leave out."""
+
+    _fields_ = (("pattern", ctypes.c_char_p), ("buft", ctypes.c_void_p))
+
+
+def _experts_on_cpu(layers: int) -> Any:
+    """A `llama_model_tensor_buft_override` list that keeps the experts of the first layers in the CPU's memory."""
+    buffer = cpu_buffer_type()
+    # one pattern for each layer, as llama.cpp's --n-cpu-moe makes them
+    patterns = [rf"blk\.{layer}\.ffn_(up|down|gate|gate_up)_(ch|)exps".encode() for layer in range(layers)]
+    rows = (_Override * (layers + 1))()
+    for row, pattern in zip(rows, patterns, strict=False):  # the last row stays empty: the end
+        row.pattern, row.buft = pattern, buffer
+    return rows
+
+
+def _set_rope(parameters: Any, rope: RopeScaling, model: Model) -> None:
+    """Write a scaling into `llama_context_params`; what it leaves open stays the model's own."""
+    llama = api()
+    if rope.kind is not None:
+        parameters.rope_scaling_type = getattr(llama, f"LLAMA_ROPE_SCALING_TYPE_{rope.kind.upper()}")
+    if rope.kind == "none":
+        parameters.rope_freq_scale = 1.0
+    elif rope.factor is not None:
+        parameters.rope_freq_scale = 1 / rope.factor
+    base = rope.freq_base
+    if rope.ntk_factor is not None:
+        architecture = model.metadata("general.architecture")
+        if base is None:
+            base = float(model.metadata(f"{architecture}.rope.freq_base") or 10000)
+        dimensions = int(model.metadata(f"{architecture}.rope.dimension_count") or 0) or model.head_size
+        base *= rope.ntk_factor ** (dimensions / (dimensions - 2))
+    if base is not None:
+        parameters.rope_freq_base = base
+    if rope.original_context is not None:
+        parameters.yarn_orig_ctx = rope.original_context
 
 
 def _tokens(array: NDArray[np.int32]) -> Any:

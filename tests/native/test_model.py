@@ -9,10 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from localmix.errors import CapacityError, FileError, InputError, Interrupted
+from localmix.errors import CapacityError, FileError, InputError, Interrupted, UsageError
+from localmix.native.devices import PROCESSOR, Placement
 from localmix.native.library import log
 from localmix.native.model import CachedText, Context, Model, Sampler, Sampling
+from localmix.rope_scaling import RopeScaling
 from localmix.tensor_types import TensorType
 from localmix.worker import run
 from tests import native_jobs
@@ -177,7 +180,10 @@ def test_a_closed_model_is_said_not_crashed(random_model: Path) -> None:
         _ = model.layers
 
 
-@pytest.mark.parametrize("options", [{"gpu_layers": 0}, {"mmap": False}, {"repack": False}])
+@pytest.mark.parametrize(
+    "options",
+    [{"placement": PROCESSOR}, {"placement": Placement(cpu_expert_layers=2)}, {"mmap": False}, {"repack": False}],
+)
 def test_load_options_do_not_change_the_logits(random_model: Path, model: Model, options: dict[str, Any]) -> None:
     results = []
     with Model(random_model, **options) as other:
@@ -186,6 +192,26 @@ def test_load_options_do_not_change_the_logits(random_model: Path, model: Model,
                 context.decode(np.arange(20, 60), np.arange(40), 0, np.arange(40) == 39)
                 results.append(context.logits().copy())
     assert np.array_equal(*results)
+
+
+def test_rope_scaling_is_what_its_formula_says(model: Model) -> None:
+    def last_logits(rope: RopeScaling | None) -> NDArray[np.float32]:
+        with Context(model, context_length=256, threads=1, rope=rope) as context:
+            context.decode(np.arange(20, 60), np.arange(40), 0, np.arange(40) == 39)
+            return context.logits().copy()
+
+    plain = last_logits(None)
+    assert np.array_equal(last_logits(RopeScaling("linear", 1)), plain)
+    assert not np.allclose(last_logits(RopeScaling("linear", 2)), plain, atol=1e-4)
+    assert not np.allclose(last_logits(RopeScaling("yarn", 2)), last_logits(RopeScaling("linear", 2)), atol=1e-4)
+    base = float(model.metadata("llama.rope.freq_base") or 10000) * 2 ** (model.head_size / (model.head_size - 2))
+    assert np.array_equal(last_logits(RopeScaling(ntk_factor=2)), last_logits(RopeScaling(freq_base=base)))
+    assert not np.allclose(last_logits(RopeScaling(ntk_factor=2)), plain, atol=1e-4)
+
+
+def test_a_device_that_is_not_there_is_said(random_model: Path) -> None:
+    with pytest.raises(UsageError, match="no device 'CUDA7'"):
+        Model(random_model, placement=Placement(devices=("CUDA7",)))
 
 
 def test_a_vocabulary_alone_tokenizes_and_a_simulation_measures(random_model: Path, model: Model) -> None:

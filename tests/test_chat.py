@@ -14,7 +14,7 @@ import pytest
 from localmix import chat
 from localmix.chat import Conversation, Engine, EngineSettings, Loaded, Piece, Reply
 from localmix.errors import CapacityError, InputError, UsageError
-from localmix.native.model import Sampling
+from localmix.sampling import Sampling
 from tests.checkpoints import Shape, write_checkpoint
 
 GREEDY = Sampling(temperature=0, repeat_penalty=1)

@@ -29,6 +29,7 @@ from localmix.native.devices import ANYWHERE, Placement, cpu_buffer_type, defaul
 from localmix.native.library import api
 from localmix.native.tensors import EvalCallback
 from localmix.rope_scaling import RopeScaling
+from localmix.sampling import Sampling
 from localmix.tensor_types import TensorType
 
 # llama.h
@@ -436,29 +437,6 @@ class _Batch:
         self._logits[:count] = logits
         self.struct.n_tokens = count
         return count, int(np.count_nonzero(self._logits[:count]))
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen; the defaults are those of the Chinese-Mixtral chat scripts.
-
-    Attributes:
-        temperature: 0 takes the most likely token always.
-        top_k: keep that many tokens; 0 keeps all.
-        top_p: keep the likeliest that together reach this probability; 1 keeps all.
-        min_p: keep those of at least this part of the likeliest one's probability; 0 keeps all.
-        repeat_penalty: divides the logits of recent tokens; 1 does nothing.
-        repeat_last: how many tokens are recent.
-        seed: None for another one each time.
-    """
-
-    temperature: float = 0.2
-    top_k: int = 40
-    top_p: float = 0.9
-    min_p: float = 0.0
-    repeat_penalty: float = 1.1
-    repeat_last: int = 64
-    seed: int | None = None
 
 
 class Sampler:

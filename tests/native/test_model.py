@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from localmix.errors import CapacityError, FileError, InputError, Interrupted, UsageError
 from localmix.native.devices import PROCESSOR, Placement
 from localmix.native.library import log
-from localmix.native.model import CachedText, Context, Model, Sampler, Sampling
+from localmix.native.model import CachedText, Context, Model, Sampler
 from localmix.rope_scaling import RopeScaling
+from localmix.sampling import Sampling
 from localmix.tensor_types import TensorType
 from localmix.worker import run
 from tests import native_jobs

@@ -1,15 +1,21 @@
-"""Tables as data: columns and rows of text, drawn on a terminal by `cli.console` and as Markdown here.
+"""Tables as data: columns and rows of text, drawn on a terminal by `cli.console`, as Markdown and CSV here.
 
-The quantization table (type, size, bits per weight, perplexity, speed) is the main one: `QuantizationRow`
-is what `ppl` measures, `quantization_table` how it is shown.
+The quantization table (type, size, bits per weight, perplexity, divergence, speed, memory) is the main one:
+`QuantizationRow` is what `ppl` measures, `quantization_table` how it is shown.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from localmix.divergence import Divergence
 
 MIB = 2**20
 GIB = 2**30
@@ -30,19 +36,51 @@ def size_unit(counts: Iterable[int]) -> tuple[int, str]:
 
 @dataclass(frozen=True)
 class Column:
-    """A heading; numbers stand at the right, words at the left."""
+    """A heading; numbers stand at the right, words at the left.
+
+    A narrow terminal shows the columns of rank 0, and of the others, in the order of their rank, those that fit.
+    """
 
     title: str
     number: bool = True
+    rank: int = 0
+
+
+@dataclass(frozen=True)
+class Bars:
+    """A column of bars, one for each row: shares of the column's width from 0 to 1, None for no bar."""
+
+    title: str
+    shares: tuple[float | None, ...]
+    rank: int = 0
 
 
 @dataclass(frozen=True)
 class Table:
-    """Columns, rows of the same length, and a line that says what was measured and how."""
+    """Columns, rows of the same length, and a line that says what was measured and how.
+
+    Attributes:
+        bars: an additional column that only a terminal shows.
+        records: the rows as data, with every digit, for CSV; without them CSV has the cells.
+    """
 
     columns: tuple[Column, ...]
     rows: tuple[tuple[str, ...], ...]
     caption: str = ""
+    bars: Bars | None = None
+    records: tuple[Mapping[str, str | float | None], ...] = ()
+
+    def csv(self) -> str:
+        """The table as CSV (RFC 4180): numbers in full and without units, nothing where nothing was measured."""
+        text = io.StringIO()
+        writer = csv.writer(text)
+        if self.records:
+            writer.writerow(self.records[0])
+            writer.writerows(record.values() for record in self.records)
+        else:
+            writer.writerow(column.title for column in self.columns)
+            writer.writerows(self.rows)
+        return text.getvalue()
 
     def markdown(self) -> str:
         """The table in GitHub's Markdown, aligned so that the source reads well too."""
@@ -69,16 +107,30 @@ class Table:
 
 @dataclass(frozen=True)
 class QuantizationRow:
-    """One model of the quantization table.
+    """One model of the quantization table. What was not measured is None.
 
-    `bytes` is the file; `bpw` bits per weight; `ppl` ± `error` over `tokens` scored tokens in `chunks`
-    chunks; `ms_per_token` is generation, `prompt_ms_per_token` prompt processing. What was not measured is
-    None; `failure` says why, and then the row has no numbers.
+    Attributes:
+        path: the file; None for a published row.
+        bytes: size of the file.
+        bpw: bits per weight.
+        ppl: perplexity, with its standard `error`, over `tokens` scored tokens in `chunks` chunks of `context`.
+        prompt_ms_per_token: milliseconds for each token of a prompt.
+        ms_per_token: milliseconds for each generated token.
+        failure: why there are no numbers.
+        delta_ppl: perplexity less the reference's, with `delta_error` of the paired differences.
+        divergence: from the reference.
+        pp_tps: tokens of a prompt per second.
+        tg_tps: generated tokens per second.
+        memory_bytes: at peak.
+        origin: "measured", or "published" for figures that others measured.
+        is_reference: `delta_ppl` and `divergence` of the other rows are against this one.
+        corpus: the text; rows of different texts do not compare.
+        device_ms_per_token: milliseconds for each generated token by the device of a published row.
     """
 
     model: str
     type: str
-    path: Path
+    path: Path | None
     bytes: int
     bpw: float | None
     ppl: float | None = None
@@ -88,40 +140,180 @@ class QuantizationRow:
     prompt_ms_per_token: float | None = None
     ms_per_token: float | None = None
     failure: str = ""
+    delta_ppl: float | None = None
+    delta_error: float | None = None
+    divergence: Divergence | None = None
+    pp_tps: float | None = None
+    tg_tps: float | None = None
+    memory_bytes: int | None = None
+    origin: str = "measured"
+    is_reference: bool = False
+    corpus: str = ""
+    context: int = 0
+    device_ms_per_token: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def failed(self) -> bool:
-        """No perplexity, or one that is no number."""
-        return bool(self.failure) or self.ppl is None or not math.isfinite(self.ppl)
+        """No perplexity, or one that is no number, though it was measured."""
+        if self.failure:
+            return True
+        if self.ppl is None:
+            return self.origin == "measured"
+        return not math.isfinite(self.ppl)
+
+    @property
+    def title(self) -> str:
+        """The model's name; a published row says so."""
+        return f"{self.model} (published)" if self.origin == "published" else self.model
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A column of numbers of the quantization table.
+
+    Attributes:
+        name: in CSV.
+        title: on the screen.
+        value: the number of a row in the column's unit; None where it was not measured.
+        digits: after the point.
+        rank: as `Column.rank`.
+        sign: plus signs are shown too.
+    """
+
+    name: str
+    title: str
+    value: Callable[[QuantizationRow], float | None]
+    digits: int
+    rank: int
+    sign: bool = False
+
+    def text(self, row: QuantizationRow) -> str:
+        """The cell of a row."""
+        value = self.value(row)
+        if value is None:
+            return "–"
+        return f"{value:{'+' if self.sign else ''}.{self.digits}f}"
+
+
+def _of_divergence(name: str, scale: float = 1) -> Callable[[QuantizationRow], float | None]:
+    def value(row: QuantizationRow) -> float | None:
+        return None if row.divergence is None else getattr(row.divergence, name) * scale
+
+    return value
+
+
+QUANTITIES = (
+    Quantity("bpw", "BPW", lambda row: row.bpw, 2, 4),
+    Quantity("ppl", "PPL", lambda row: row.ppl, 4, 0),
+    Quantity("ppl_error", "±", lambda row: row.error, 4, 0),
+    Quantity("delta_ppl", "ΔPPL", lambda row: row.delta_ppl, 4, 5, sign=True),
+    Quantity("delta_ppl_error", "±", lambda row: row.delta_error, 4, 5),
+    Quantity("kld", "KLD", _of_divergence("mean"), 6, 1),
+    Quantity("kld_error", "±", _of_divergence("error"), 6, 1),
+    Quantity("kld_median", "KLD median", _of_divergence("median"), 6, 12),
+    Quantity("kld_99", "KLD 99 %", _of_divergence("percentile_99"), 4, 9),
+    Quantity("kld_max", "KLD max", _of_divergence("maximum"), 4, 13),
+    Quantity("same_top_percent", "Same top %", _of_divergence("same_top", 100), 2, 6),
+    Quantity("same_top_percent_error", "±", _of_divergence("same_top_error", 100), 2, 6),
+    Quantity("prompt_ms_per_token", "Prompt ms/token", lambda row: row.prompt_ms_per_token, 2, 8),
+    Quantity("prompt_tokens_per_second", "Prompt tokens/s", lambda row: row.pp_tps, 1, 11),
+    Quantity("ms_per_token", "ms/token", lambda row: row.ms_per_token, 2, 3),
+    Quantity("tokens_per_second", "tokens/s", lambda row: row.tg_tps, 1, 10),
+)
+
+
+def comparable(row: QuantizationRow) -> tuple[str, str]:
+    """What rows must share for their perplexities to compare: the text and, when published, who measured."""
+    return row.corpus, row.model if row.origin == "published" else ""
 
 
 def quantization_table(rows: Sequence[QuantizationRow], caption: str = "") -> Table:
-    """Size, bits per weight, perplexity and speed of each model; the model's name only when there are several."""
+    """The rows with a column for all that was measured in one of them; model and corpus only when there are several."""
     unit, unit_name = size_unit(row.bytes for row in rows)
-    several = len({row.model for row in rows}) > 1
-    timed = any(row.ms_per_token is not None for row in rows)
-    columns = [Column("Model", number=False)] if several else []
-    columns += [
-        Column("Type", number=False),
-        Column(f"Size {unit_name}"),
-        Column("BPW"),
-        Column("PPL"),
-        Column("±"),
-    ]
-    columns += [Column("ms/token")] if timed else []
-    cells = [
-        (
-            *([row.model] if several else []),
-            row.type,
-            f"{row.bytes / unit:.2f}",
-            number(row.bpw, 2),
-            "failed" if row.failed else number(row.ppl, 4),
-            number(None if row.failed else row.error, 4),
-            *([number(row.ms_per_token, 2)] if timed else []),
+    quantities = [quantity for quantity in QUANTITIES if any(quantity.value(row) is not None for row in rows)]
+    peaks = [row.memory_bytes for row in rows if row.memory_bytes is not None]
+    peak_unit, peak_name = size_unit(peaks)
+    devices = list(dict.fromkeys(device for row in rows for device in row.device_ms_per_token))
+
+    columns: list[Column] = []
+    texts: list[Callable[[QuantizationRow], str]] = []
+
+    def add(column: Column, text: Callable[[QuantizationRow], str]) -> None:
+        columns.append(column)
+        texts.append(text)
+
+    if len({row.title for row in rows}) > 1 or any(row.origin == "published" for row in rows):
+        add(Column("Model", number=False), lambda row: row.title)
+    if len({row.corpus for row in rows}) > 1:
+        add(Column("Corpus", number=False), lambda row: row.corpus)
+    add(Column("Type", number=False), lambda row: row.type)
+    add(Column(f"Size {unit_name}"), lambda row: f"{row.bytes / unit:.2f}")
+    for quantity in quantities:
+        add(Column(quantity.title, rank=quantity.rank), lambda row, quantity=quantity: _cell(quantity, row))  # type: ignore[misc]
+    if peaks:
+        add(Column(f"Memory {peak_name}", rank=7), lambda row: number(_over(row.memory_bytes, peak_unit), 2))
+    for device in devices:
+        add(
+            Column(f"{device} ms/token", rank=14),
+            lambda row, device=device: number(row.device_ms_per_token.get(device), 1),  # type: ignore[misc]
         )
-        for row in rows
-    ]
-    return Table(tuple(columns), tuple(cells), caption)
+    cells = tuple(tuple(text(row) for text in texts) for row in rows)
+    return Table(tuple(columns), cells, caption, _bars(rows), tuple(_record(row, devices) for row in rows))
+
+
+def _cell(quantity: Quantity, row: QuantizationRow) -> str:
+    if row.failed and quantity.name != "bpw":
+        return "failed" if quantity.name == "ppl" else "–"
+    return quantity.text(row)
+
+
+def _over(value: int | None, unit: int) -> float | None:
+    return None if value is None else value / unit
+
+
+def _record(row: QuantizationRow, devices: Sequence[str]) -> dict[str, str | float | None]:
+    """The row for CSV: the same columns whatever was measured, so that a reader finds them by name."""
+    return {
+        "model": row.model,
+        "type": row.type,
+        "origin": row.origin,
+        "corpus": row.corpus,
+        "context": row.context or None,
+        "chunks": row.chunks or None,
+        "tokens": row.tokens or None,
+        "bytes": row.bytes,
+        **{quantity.name: _finite(quantity.value(row)) for quantity in QUANTITIES},
+        "memory_bytes": row.memory_bytes,
+        **{f"ms_per_token {device}": row.device_ms_per_token.get(device) for device in devices},
+        "failure": row.failure,
+    }
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _bars(rows: Sequence[QuantizationRow]) -> Bars | None:
+    """What the differences look like: the divergence on a log scale where there is one, else ln(PPL / best PPL).
+
+    A divergence spans decades, so its bars begin a little below the smallest; a perplexity's begin at the best.
+    """
+    means = [None if row.failed or row.divergence is None else row.divergence.mean for row in rows]
+    logs = [math.log10(mean) if mean is not None and mean > 1e-9 else None for mean in means]
+    found = [value for value in logs if value is not None]
+    if len(found) > 1 and max(found) > min(found):
+        low = min(found) - 0.1 * (max(found) - min(found))
+        shares = tuple(None if value is None else (value - low) / (max(found) - low) for value in logs)
+        return Bars("KLD, log", shares, rank=2)
+    best: dict[tuple[str, str], float] = {}
+    for row in rows:
+        if not row.failed and row.ppl:
+            best[comparable(row)] = min(row.ppl, best.get(comparable(row), math.inf))
+    losses = [math.log(row.ppl / best[comparable(row)]) if not row.failed and row.ppl else None for row in rows]
+    worst = max((loss for loss in losses if loss is not None), default=0.0)
+    if not worst:
+        return None
+    return Bars("PPL loss", tuple(None if loss is None else loss / worst for loss in losses), rank=2)
 
 
 def number(value: float | None, digits: int) -> str:

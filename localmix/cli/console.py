@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -24,6 +24,8 @@ from localmix.errors import Interrupted, LocalmixError
 from localmix.inert import inert, inert_json
 
 if TYPE_CHECKING:
+    import rich.table
+
     from localmix.table import Table
 
 Progress = Callable[[int, int, str], None]
@@ -32,6 +34,9 @@ Progress = Callable[[int, int, str], None]
 LOG_INTERVAL = 10.0
 
 _FOLDED = 16
+
+# characters of a bar in a table, and its last one in eighths
+_BAR, _EIGHTHS = 10, ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")
 
 _STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
 
@@ -82,29 +87,20 @@ class Console:
         if markdown:
             print(inert(table.markdown()), file=stream)
             return
-        import rich.box
         import rich.console
-        import rich.table
-        import rich.text
 
-        drawn = rich.table.Table(box=rich.box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
-        for column in table.columns:
-            drawn.add_column(
-                rich.text.Text(column.title),
-                justify="right" if column.number else "left",
-                no_wrap=column.number,
-                overflow="fold",
-            )
-        for row in table.rows:
-            drawn.add_row(*(rich.text.Text(inert(cell), _cell_style(cell)) for cell in row))
         if stream.isatty():
             console = rich.console.Console(file=stream, highlight=False)
-            console.width = max(console.width, _least_width(table))
-            console.print(drawn)
+            fitting, left_out = _fit(table, console.width)
+            console.width = max(console.width, _least_width(fitting))
+            console.print(_drawn(fitting))
+            if left_out:
+                note = f"Not in a window this narrow: {', '.join(left_out)}."
+                print(_styled(inert(note), "dim", stream), file=stream)
         else:  # a pipe has no width: nothing is cut there
             console = rich.console.Console(file=io.StringIO(), width=1000, highlight=False)
             with console.capture() as captured:
-                console.print(drawn)
+                console.print(_drawn(dataclasses.replace(table, bars=None)))
             for line in captured.get().splitlines():
                 print(line.rstrip(), file=stream)
         if table.caption:
@@ -240,13 +236,67 @@ def _bar(rate: Rate | None) -> Iterator[Progress]:
         yield report
 
 
+def _drawn(table: Table) -> rich.table.Table:
+    import rich.box
+    import rich.table
+    import rich.text
+
+    drawn = rich.table.Table(box=rich.box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+    for column in table.columns:
+        drawn.add_column(
+            rich.text.Text(column.title),
+            justify="right" if column.number else "left",
+            no_wrap=column.number,
+            overflow="fold",
+        )
+    if table.bars:
+        drawn.add_column(rich.text.Text(table.bars.title), no_wrap=True, min_width=_BAR)
+    for index, row in enumerate(table.rows):
+        cells = [rich.text.Text(inert(cell), _cell_style(cell)) for cell in row]
+        if table.bars:
+            cells.append(rich.text.Text(_blocks(table.bars.shares[index]), "cyan"))
+        drawn.add_row(*cells)
+    return drawn
+
+
+def _blocks(share: float | None) -> str:
+    """A bar in eighths of a character; what is more than nothing shows."""
+    if share is None or share <= 0:
+        return ""
+    eighths = max(1, round(min(share, 1.0) * _BAR * 8))
+    return "█" * (eighths // 8) + _EIGHTHS[eighths % 8]
+
+
+def _fit(table: Table, width: int) -> tuple[Table, list[str]]:
+    """The table with the most important columns that fit the width, and the titles of the others."""
+    ranks = {column.rank for column in table.columns} | ({table.bars.rank} if table.bars else set())
+    shown: set[int] = set()
+    for rank in sorted(ranks):
+        if rank == 0 or _least_width(_with_ranks(table, shown | {rank})) <= width:
+            shown.add(rank)
+    left_out = [column.title for column in table.columns if column.rank not in shown and column.title != "±"]
+    return _with_ranks(table, shown), left_out
+
+
+def _with_ranks(table: Table, ranks: Set[int]) -> Table:
+    kept = [index for index, column in enumerate(table.columns) if column.rank in ranks]
+    return dataclasses.replace(
+        table,
+        columns=tuple(table.columns[index] for index in kept),
+        rows=tuple(tuple(row[index] for index in kept) for row in table.rows),
+        bars=table.bars if table.bars and table.bars.rank in ranks else None,
+    )
+
+
 def _least_width(table: Table) -> int:
     """Below it columns would be left out: numbers stay whole, words are folded to `_FOLDED` characters."""
     longest = [max(map(len, cells)) for cells in zip(*([c.title for c in table.columns], *table.rows), strict=True)]
-    widths = (
+    widths = [
         width if column.number else min(width, _FOLDED) for width, column in zip(longest, table.columns, strict=True)
-    )
-    return sum(widths) + 3 * (len(longest) - 1)  # a space, the box's bar and a space between two columns
+    ]
+    if table.bars:
+        widths.append(max(_BAR, len(table.bars.title)))
+    return sum(widths) + 3 * (len(widths) - 1)  # a space, the box's bar and a space between two columns
 
 
 def _cell_style(cell: str) -> str:

@@ -104,7 +104,8 @@ def command(
         console.warn(note)
     for measured in done:
         if measured.row.failed:
-            console.warn(f"{measured.row.path.name}: {measured.row.failure or 'the perplexity is not a number.'}")
+            name = measured.row.path.name if measured.row.path else measured.row.title
+            console.warn(f"{name}: {measured.row.failure or 'the perplexity is not a number.'}")
     document = {
         "corpus": {"name": text.name, "files": text.files},
         "ctx": context,

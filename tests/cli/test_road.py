@@ -132,6 +132,7 @@ def test_ppl_draws_the_table_with_what_was_measured(localmix: CommandLine) -> No
         "BPW",
         "PPL",
         "±",
+        "Prompt ms/token",
         "ms/token",
     ]
     assert row.startswith("| BF16")

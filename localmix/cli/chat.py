@@ -93,9 +93,9 @@ def command(
         raise UsageError("--json needs one question.", "Give it with -p, or on stdin.")
     memory = MemoryCheck(console, context)
     path = library.resolve(model, library.Purpose.RUN, memory.fits)
-    context = memory.check(path, force)
+    choice = memory.check(path, force)
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, repeat_penalty=repeat_penalty, seed=seed)
-    with Engine(path, EngineSettings(context, threads, device)) as engine:
+    with Engine(path, EngineSettings(choice.context, threads, device)) as engine:
         conversation = Conversation(engine, system=system, sampling=sampling, limit=max_tokens)
         _load(console, engine)
         library.remember(path)

@@ -1,4 +1,4 @@
-"""Texts to measure on: read and checked, split into chunks of tokens.
+"""Texts to measure on: found, read and checked, split into chunks of tokens.
 
 The bytes go to the tokenizer as llama.cpp's tools feed them, so that numbers can be compared: one newline at
 the very end is dropped, everything else stays, a byte order mark and CRLF line ends included (`notes` says
@@ -10,14 +10,16 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from localmix.errors import FileError, InputError, UsageError
+from localmix.known_corpora import KNOWN_CORPORA, fetch
 
 # more text than a week of measuring reads, and still less than memory
 MAX_BYTES = 1 << 30
@@ -51,6 +53,102 @@ class Corpus:
     def name(self) -> str:
         """The file names, joined by `+`."""
         return "+".join(file.name for file in self.files)
+
+    @property
+    def bytes(self) -> int:
+        """Of all its files."""
+        return sum(file.bytes for file in self.files)
+
+    @property
+    def sha256(self) -> str:
+        """The SHA-256 of its file; of several, that of theirs in hex, one after the other."""
+        if len(self.files) == 1:
+            return self.files[0].sha256
+        return hashlib.sha256("".join(file.sha256 for file in self.files).encode()).hexdigest()
+
+
+def find_corpora(specs: Sequence[str | Path]) -> list[Corpus]:
+    """Read several corpora, one for each file; names are distinct, and a file that is named twice counts once.
+
+    Args:
+        specs: of each a file, a folder (each text in it, by name), or a name of `KNOWN_CORPORA`; `./NAME` is
+            a file of that name.
+
+    Raises:
+        UsageError: nothing is given.
+        InputError: a file is no text, or a folder has none.
+        FileError: a file cannot be read.
+        NetworkError: a known corpus is not in the cache yet, and the hub does not give it.
+    """
+    if not specs:
+        raise UsageError("No corpus is given.", "Name a file or a folder with --corpus.")
+    found: dict[Path, Corpus] = {}
+    for spec in specs:
+        for path, corpus in _find(spec):
+            found.setdefault(Path(os.path.realpath(path)), corpus)
+    return _with_distinct_names(found)
+
+
+def _find(spec: str | Path) -> Iterator[tuple[Path, Corpus]]:
+    """What one spec means."""
+    path = Path(spec)
+    if spec in KNOWN_CORPORA:
+        path, notes = fetch(str(spec))
+        corpus = read_corpus([path])
+        yield path, replace(corpus, notes=notes + corpus.notes)
+    elif path.is_dir():
+        yield from _find_in_folder(path)
+    elif path.exists():
+        yield path, read_corpus([path])
+    else:
+        raise FileError(f"{spec} does not exist.", f"Known by name are: {', '.join(KNOWN_CORPORA)}.")
+
+
+def _find_in_folder(folder: Path) -> Iterator[tuple[Path, Corpus]]:
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        raise FileError(f"{folder} cannot be read: {error.strerror}.") from error
+    texts: list[tuple[Path, Corpus]] = []
+    left_out: list[str] = []
+    for path in entries:
+        if path.name.startswith("."):
+            left_out.append(f"{path.name} (hidden)")
+        elif not path.is_file():
+            left_out.append(f"{path.name} ({'a folder' if path.is_dir() else 'no file'})")
+        elif _has_zeros(path):
+            left_out.append(f"{path.name} (binary)")
+        else:
+            try:
+                texts.append((path, read_corpus([path])))
+            except InputError as error:
+                left_out.append(f"{path.name} ({error.message.removeprefix(f'{path} is ').rstrip('.')})")
+    if not texts:
+        inside = f" but {', '.join(left_out)}" if left_out else ""
+        raise InputError(f"{folder} has no text in it{inside}.", "A corpus is a plain UTF-8 text.")
+    if left_out:
+        path, corpus = texts[0]
+        note = f"Left out of {folder}: {', '.join(left_out)}."
+        texts[0] = path, replace(corpus, notes=(note, *corpus.notes))
+    yield from texts
+
+
+def _has_zeros(path: Path) -> bool:
+    """Whether the first bytes hold a zero, which no UTF-8 text does: weights are not read to their end for it."""
+    try:
+        with path.open("rb") as file:
+            return b"\0" in file.read(1 << 16)
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _with_distinct_names(found: Mapping[Path, Corpus]) -> list[Corpus]:
+    """Corpora of one file each; those of the same name get their folder's in front, or their whole path."""
+    names = {path: corpus.name for path, corpus in found.items()}
+    for longer in (lambda path: f"{path.parent.name}/{path.name}", str):
+        times = Counter(names.values())
+        names = {path: name if times[name] == 1 else longer(path) for path, name in names.items()}
+    return [replace(corpus, files=(replace(corpus.files[0], name=names[path]),)) for path, corpus in found.items()]
 
 
 def read_corpus(paths: Sequence[Path]) -> Corpus:

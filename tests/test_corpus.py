@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from localmix.corpus import read_corpus, split
+from localmix.corpus import find_corpora, read_corpus, split
 from localmix.errors import FileError, InputError, UsageError
 
 
@@ -123,3 +123,59 @@ def test_too_short_says_what_is_needed_and_found() -> None:
         split(tokens, 7, name="x")
     with pytest.raises(UsageError, match="0 chunks"):
         split(tokens, 8, name="x", limit=0)
+
+
+def test_a_corpus_for_each_file_and_each_text_of_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    (folder / "more").mkdir(parents=True)
+    (folder / "b.txt").write_text("second")
+    (folder / "a.md").write_text("first")
+    (folder / ".hidden").write_text("no")
+    (folder / "model.gguf").write_bytes(b"GGUF\0\0\0\3")
+    (folder / "old.txt").write_bytes(b"caf\xe9")
+    single = tmp_path / "single.txt"
+    single.write_text("alone")
+    corpora = find_corpora([str(single), folder, f"{folder}/../single.txt"])
+    assert [(corpus.name, corpus.text) for corpus in corpora] == [
+        ("single.txt", b"alone"),
+        ("a.md", b"first"),
+        ("b.txt", b"second"),
+    ]
+    assert corpora[0].sha256 == hashlib.sha256(b"alone").hexdigest()
+    assert corpora[0].bytes == 5
+    assert corpora[1].notes == (
+        f"Left out of {folder}: .hidden (hidden), model.gguf (binary), more (a folder),"
+        " old.txt (not UTF-8: byte 0xe9 at offset 3, line 1).",
+    )
+    assert corpora[0].notes == corpora[2].notes == ()
+
+
+def test_corpora_of_one_name_get_their_folders_in_front(tmp_path: Path) -> None:
+    for name in ("x/one/t.txt", "x/two/t.txt", "y/one/t.txt", "u.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    found = find_corpora([tmp_path / name for name in ("x/one/t.txt", "x/two/t.txt", "u.txt")])
+    assert [corpus.name for corpus in found] == ["one/t.txt", "two/t.txt", "u.txt"]
+    found = find_corpora([tmp_path / name for name in ("x/one/t.txt", "y/one/t.txt")])
+    assert [corpus.name for corpus in found] == [str(tmp_path / "x/one/t.txt"), str(tmp_path / "y/one/t.txt")]
+
+
+def test_what_is_no_corpus_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError):
+        find_corpora([])
+    with pytest.raises(FileError, match="wikitext2 does not exist") as caught:
+        find_corpora(["wikitext2"])
+    assert "wikitext-2" in caught.value.hint
+    (tmp_path / "weights.bin").write_bytes(bytes(10))
+    with pytest.raises(InputError, match=r"has no text in it but weights\.bin \(binary\)"):
+        find_corpora(["."])
+    with pytest.raises(InputError, match="is not UTF-8"):  # named, so not left out
+        (tmp_path / "old.txt").write_bytes(b"caf\xe9")
+        find_corpora(["old.txt"])
+
+
+def test_a_file_of_a_known_name_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wikitext-2").write_text("mine")
+    assert find_corpora(["./wikitext-2"])[0].text == b"mine"

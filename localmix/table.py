@@ -168,6 +168,29 @@ class QuantizationRow:
 
 
 @dataclass(frozen=True)
+class ContextPoint:
+    """The perplexity of a model at one context.
+
+    Attributes:
+        paired: the same target tokens are scored at every context of the curve.
+        ppl: perplexity, with its standard `error` where that is known.
+        tokens: how many were scored, in `chunks` chunks; 0 where that is not known.
+        corpus, origin: as `QuantizationRow`.
+    """
+
+    model: str
+    type: str
+    context: int
+    paired: bool
+    ppl: float
+    error: float | None
+    tokens: int = 0
+    chunks: int = 0
+    corpus: str = ""
+    origin: str = "measured"
+
+
+@dataclass(frozen=True)
 class Quantity:
     """A column of numbers of the quantization table.
 

@@ -117,6 +117,8 @@ def test_the_wheel_is_complete(wheel: Path) -> None:
     assert presets == (ROOT / "quant_presets.yaml").read_bytes()
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "localmix").rglob("*.py")}
     assert sources <= names
+    data = {path.relative_to(ROOT).as_posix() for path in (ROOT / "localmix" / "data").rglob("*") if path.is_file()}
+    assert data <= names
     info = f"localmix-{localmix.__version__}.dist-info/"
     assert f"{info}licenses/LICENSE" in names
     assert f"{info}licenses/localmix/native/lanes/LICENSE.ggml" in names

@@ -1,4 +1,5 @@
 """The lane kernels (docs/kernels.md): ggml's quantization, one block in each SIMD lane, with ggml's own bytes.
+Beside them a function that reduces rows of logits to likelihoods and divergences.
 
 The library is optional. Where it was not built, where the processor is unknown or a type has no kernel,
 `kernel` answers None and ggml does the work.
@@ -28,6 +29,9 @@ SWITCH = "LOCALMIX_KERNELS"
 
 _QUANTIZE = ctypes.CFUNCTYPE(
     ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p
+)
+_LIKELIHOODS = ctypes.CFUNCTYPE(
+    None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p
 )
 
 # The I-quants that stand on a grid, and the number of theirs (GridName in grids.h).
@@ -105,6 +109,14 @@ def chosen() -> str:
     return found[-1] if found else "ggml"
 
 
+def _index(instruction_set: str) -> int:
+    """The library's number of one of `instruction_sets()`."""
+    lanes, index = _library(), 0
+    while lanes is not None and lanes.localmix_isa(index).decode() != instruction_set:
+        index += 1
+    return index
+
+
 def _grid_points(kind: TensorType) -> npt.NDArray[np.uint16]:
     """A type's grid as gguf-py decodes it, each point a word of levels, the first lowest."""
     # For its tables only, which no other command needs.
@@ -137,11 +149,19 @@ def kernel(kind: TensorType, weighted: bool, instruction_set: str) -> Any:
     lanes = _library()
     if lanes is None or instruction_set not in instruction_sets():
         return None
-    index = 0
-    while lanes.localmix_isa(index).decode() != instruction_set:
-        index += 1
-    address = lanes.localmix_kernel(index, int(kind), int(weighted))
+    address = lanes.localmix_kernel(_index(instruction_set), int(kind), int(weighted))
     return _QUANTIZE(address) if address and _has_its_grid(lanes, kind) else None
+
+
+@functools.cache
+def likelihoods(instruction_set: str) -> Any:
+    """The function that reduces rows of logits (likelihood.h), or None where numpy has to do it."""
+    lanes = _library()
+    if lanes is None or instruction_set not in instruction_sets():
+        return None
+    lanes.localmix_likelihoods.restype = ctypes.c_void_p
+    address = lanes.localmix_likelihoods(_index(instruction_set))
+    return _LIKELIHOODS(address) if address else None
 
 
 def reference_calls() -> int:

@@ -41,6 +41,7 @@ class EngineSettings:
         threads: None for the physical cores.
         device: one of `chat.DEVICES`; auto takes a GPU where there is one. Only without a `placement`.
         placement: what lies on which device.
+        repack: reorder weights for this processor; faster, but in memory of their own.
         kv_type: type of the KV cache, one of `KV_TYPES`.
         rope: how positions are stretched; None for the model's own way.
         draft: speculative decoding; None for one token at a time.
@@ -52,6 +53,7 @@ class EngineSettings:
     threads: int | None = None
     device: str = "auto"
     placement: Placement = ANYWHERE
+    repack: bool = True
     kv_type: str = "f16"
     rope: RopeScaling | None = None
     draft: DraftSettings | None = None

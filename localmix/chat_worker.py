@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import codecs
+import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from localmix import chat_template
+from localmix import chat_template, kv_state
 from localmix.chat_events import (
     Answer,
     Ask,
+    DraftSettings,
     Dropped,
     EngineSettings,
     Event,
@@ -26,14 +29,19 @@ from localmix.chat_events import (
     StateSaved,
 )
 from localmix.errors import CapacityError, Interrupted, LocalmixError, UsageError
+from localmix.native.library import LLAMA_CPP_COMMIT
+from localmix.sampling import own_sampling
 from localmix.worker import Channel
 
 if TYPE_CHECKING:
     from localmix.native.devices import Placement
-    from localmix.native.model import Context, Model
+    from localmix.native.model import CachedText, Context
+    from localmix.native.speculative import Speculation
+    from localmix.rope_scaling import RopeScaling
 
 REPLY_PART = 4  # a reply has room for 1/4 of the context, or for its limit
 KEPT_PART = 2  # of a full context, turns of 1/2 are kept
+_NAMED_TEMPLATE = "tokenizer.chat_template."
 _DEVICE_NAMES = {"cuda": ("CUDA",), "metal": ("Metal", "MTL")}
 
 
@@ -52,19 +60,28 @@ def serve(channel: Channel, path: Path, settings: EngineSettings, state: Path | 
             channel.emit(Answer(0, Loading(share)))
 
     kv_type = TensorType[settings.kv_type.upper()]
-    with (
-        Model(path, placement=_placement(settings), progress=report, cancelled=channel.cancelled) as model,
-        Context(
-            model,
-            context_length=settings.context,
-            threads=settings.threads,
-            type_k=kv_type,
-            type_v=kv_type,
-            rope=settings.rope,
-            cancelled=channel.cancelled,
-        ) as context,
-    ):
-        desk = _Desk(channel, settings, model, context)
+    placement = _placement(settings)
+    with ExitStack() as stack:
+
+        def load(file: Path, where: Placement, rope: RopeScaling | None) -> Context:
+            model = Model(file, placement=where, repack=settings.repack, progress=report, cancelled=channel.cancelled)
+            stack.enter_context(model)
+            context = Context(
+                model,
+                context_length=settings.context,
+                threads=settings.threads,
+                type_k=kv_type,
+                type_v=kv_type,
+                rope=rope,
+                cancelled=channel.cancelled,
+            )
+            return stack.enter_context(context)
+
+        context = load(path, placement, settings.rope)
+        draft = None
+        if settings.draft is not None and settings.draft.model is not None:
+            draft = load(settings.draft.model, settings.draft.placement or placement, None)
+        desk = _Desk(channel, settings, context, draft)
         channel.emit(Answer(0, desk.loaded(state, started)))
         while True:
             request = channel.receive()
@@ -92,27 +109,80 @@ def _placement(settings: EngineSettings) -> Placement:
     return PROCESSOR if settings.device == "cpu" else settings.placement
 
 
+def _speculation(settings: DraftSettings | None, text: CachedText, draft: Context | None) -> Speculation | None:
+    """Who drafts, and how.
+
+    Raises:
+        UsageError: the draft model has another vocabulary, or the model cannot take tokens back.
+    """
+    if settings is None:
+        return None
+    from localmix.native.speculative import Drafter, ModelDrafter, NgramDrafter, Speculation, check_vocabulary
+
+    drafter: Drafter = NgramDrafter()
+    if draft is not None:
+        check_vocabulary(text.context.model, draft.model)
+        drafter = ModelDrafter(draft)
+    return Speculation(text, drafter, length=settings.length, adaptive=settings.adaptive)
+
+
 class _Desk:
     """Answers requests, one at a time, with a loaded model."""
 
-    def __init__(self, channel: Channel, settings: EngineSettings, model: Model, context: Context) -> None:
+    def __init__(self, channel: Channel, settings: EngineSettings, context: Context, draft: Context | None) -> None:
         from localmix.native.model import CachedText
 
+        model = context.model
         self._channel = channel
         self._model = model
         self._context = context
         self._cache = CachedText(context)
-        self._template = settings.chat_template or model.chat_template(settings.template_name)
+        self._speculation = _speculation(settings.draft, self._cache, draft)
+        metadata = {key: model.metadata(key) or "" for key in model.metadata_keys()}
+        self._own_sampling = own_sampling(metadata)
+        self._templates = tuple(
+            key.removeprefix(_NAMED_TEMPLATE) for key in metadata if key.startswith(_NAMED_TEMPLATE)
+        )
+        self._template = self._choose_template(settings)
+        self._state_key: dict[str, object] = {
+            "engine": LLAMA_CPP_COMMIT,
+            "kv_type": settings.kv_type,
+            "model": kv_state.model_identity(model.path),
+            "rope": repr(settings.rope),
+            "template": hashlib.sha256((self._template or "").encode()).hexdigest(),
+        }
 
     def loaded(self, state: Path | None, started: float) -> Loaded:
         """What was loaded, with the cache filled from a state file if there is a fitting one."""
+        restored = 0
+        if state is not None:
+            file = kv_state.read_state(state, self._state_key)
+            if file is not None and file.tokens <= self._context.length and self._cache.restore(state):
+                restored = file.tokens
         return Loaded(
             description=self._model.description,
             context=self._context.length,
             trained_context=self._model.trained_context,
             has_template=self._template is not None,
             seconds=time.monotonic() - started,
+            restored_tokens=restored,
+            own_sampling=self._own_sampling,
+            templates=self._templates,
         )
+
+    def _choose_template(self, settings: EngineSettings) -> str | None:
+        """The user's template, or the model's of that name, or its only one.
+
+        Raises:
+            UsageError: the model has no template of that name.
+        """
+        if settings.chat_template is not None:
+            return settings.chat_template
+        name = settings.template_name
+        if name is not None and name not in self._templates:
+            others = f"It has {', '.join(self._templates)}." if self._templates else "It has no named ones."
+            raise UsageError(f"{self._model.path.name} has no chat template {name!r}.", others)
+        return self._model.chat_template(name)
 
     def answer(self, number: int, content: Ask | SaveState | RestoreState) -> None:
         """Do what one request asks for."""
@@ -123,14 +193,17 @@ class _Desk:
         if isinstance(content, Ask):
             self._reply(content, send)
         elif isinstance(content, SaveState):
-            send(StateSaved(0, 0))
+            tokens = len(self._cache.tokens)
+            saved = StateSaved(0, 0)
+            if tokens:
+                file = kv_state.write_state(content.path, self._state_key, tokens, self._cache.save)
+                saved = StateSaved(tokens, file.bytes)
+            send(saved)
         else:
             send(self.loaded(content.path, time.monotonic()))
 
     def _reply(self, ask: Ask, send: Callable[[Event], None]) -> None:
         """Render, read and generate one reply, sending each piece as it comes."""
-        from localmix.native.model import Sampler
-
         started = time.monotonic()
         model, context = self._model, self._context
         tokens, dropped = self._fitting_prompt(ask)
@@ -143,12 +216,10 @@ class _Desk:
         read = started
         finish = "length"
         try:
-            with Sampler(model, ask.sampling) as sampler:
+            with self._generator(ask, tokens) as generate:
                 cached = self._cache.feed(tokens, lambda done, total: send(Reading(done, total)))
                 read = time.monotonic()
-                for token in tokens[-ask.sampling.repeat_last :]:
-                    sampler.accept(int(token))
-                for token in self._cache.generate(sampler, limit):
+                for token in generate(limit):
                     self._channel.check()
                     last = time.monotonic()
                     first = first or last
@@ -162,6 +233,9 @@ class _Desk:
         text.write(b"", final=True)
         reading = read - started
         generating = (last - first) if first and last else 0.0
+        tg_tps = (count - 1) / generating if generating > 0 and count > 1 else None
+        speculation = self._speculation
+        single = speculation.single_seconds if speculation else None
         send(
             Reply(
                 text="".join(text.parts),
@@ -171,10 +245,39 @@ class _Desk:
                 finish_reason=finish,
                 first_token_seconds=first - started if first else None,
                 pp_tps=(len(tokens) - cached) / reading if reading > 0 else None,
-                tg_tps=(count - 1) / generating if generating > 0 and count > 1 else None,
+                tg_tps=tg_tps,
                 context_used=len(tokens) + count,
+                drafted=speculation.drafted if speculation else 0,
+                accepted=speculation.accepted if speculation else 0,
+                speedup=tg_tps * single if tg_tps and single else None,
             )
         )
+
+    @contextmanager
+    def _generator(self, ask: Ask, tokens: list[int]) -> Iterator[Callable[[int], Iterator[int]]]:
+        """What generates tokens up to a limit, once the prompt is in the cache.
+
+        Raises:
+            UsageError: the grammar does not parse.
+        """
+        from localmix.native.model import Sampler
+
+        if ask.grammar is None and self._speculation is None:
+            with Sampler(self._model, ask.sampling) as sampler:
+                for token in tokens[-ask.sampling.repeat_last :] if ask.sampling.repeat_last else []:
+                    sampler.accept(token)
+                yield lambda limit: self._cache.generate(sampler, limit)
+            return
+        from localmix.native.chooser import Chooser, ChosenTokens
+        from localmix.native.gbnf import Grammar
+
+        with Grammar(self._model, ask.grammar) if ask.grammar is not None else nullcontext() as grammar:
+            chooser = Chooser(ask.sampling, grammar)
+            if self._speculation is not None:
+                speculation = self._speculation
+                yield lambda limit: speculation.generate(chooser, limit)
+            else:
+                yield lambda limit: self._cache.generate(ChosenTokens(chooser, self._cache), limit)
 
     def _fitting_prompt(self, ask: Ask) -> tuple[list[int], int]:
         """The prompt's tokens, and how many messages were left out of it so that a reply has room behind it.

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from localmix import chat
-from localmix.chat import Conversation, Engine, EngineSettings, Loaded, Piece, Reply
+from localmix.chat import Conversation, Dropped, Engine, EngineSettings, Loaded, Piece, Reply
 from localmix.errors import CapacityError, InputError, UsageError
 from localmix.sampling import Sampling
 from tests.checkpoints import Shape, write_checkpoint
@@ -113,6 +113,89 @@ def test_a_killed_engine_ends_the_turn_and_not_the_conversation(engine: Engine) 
     assert conversation.turns == turns
     assert ask(conversation, "Two").completion_tokens == 5
     assert len(conversation.turns) == 4
+
+
+def test_a_saved_cache_is_not_read_again(model: Path, tmp_path: Path) -> None:
+    settings, state = EngineSettings(context=512, threads=1), tmp_path / "state.kv"
+    with Engine(model, settings) as engine:
+        assert engine.save_state(state).tokens == 0 and not state.exists()
+        conversation = Conversation(engine, sampling=GREEDY, limit=8)
+        first = ask(conversation, "Hello, how are you today?")
+        saved = engine.save_state(state)
+        assert saved.tokens == first.prompt_tokens + 7 and saved.bytes == state.stat().st_size
+        turns = list(conversation.turns)
+        expected = ask(conversation, "And?")
+    with Engine(model, settings) as engine:
+        *_, loaded = engine.load(state)
+        assert isinstance(loaded, Loaded) and loaded.restored_tokens == saved.tokens
+        conversation = Conversation(engine, sampling=GREEDY, limit=8)
+        conversation.turns = turns
+        again = ask(conversation, "And?")
+        assert (again.text, again.cached_tokens) == (expected.text, expected.cached_tokens)
+        assert again.cached_tokens >= first.prompt_tokens
+        # a loaded engine takes another session's state, too
+        *_, loaded = engine.load(state)
+        assert isinstance(loaded, Loaded) and loaded.restored_tokens == saved.tokens
+        *_, loaded = engine.load(tmp_path / "none")
+        assert isinstance(loaded, Loaded) and loaded.restored_tokens == 0
+
+
+def test_a_state_of_something_else_or_damaged_is_passed_over(model: Path, tmp_path: Path) -> None:
+    state = tmp_path / "state.kv"
+    with Engine(model, EngineSettings(context=512, threads=1)) as engine:
+        ask(Conversation(engine, sampling=GREEDY, limit=8), "Hello, how are you today? " + "word " * 80)
+        engine.save_state(state)
+    data = state.read_bytes()
+
+    def restored(**settings: object) -> int:
+        with Engine(model, EngineSettings(**{"context": 512, "threads": 1, **settings})) as engine:  # type: ignore[arg-type]
+            *_, loaded = engine.load(state)
+            assert isinstance(loaded, Loaded)
+            assert ask(Conversation(engine, sampling=GREEDY, limit=3), "Hello").completion_tokens == 3
+            return loaded.restored_tokens
+
+    assert restored() > 256
+    assert restored(context=2048) > 256
+    assert restored(kv_type="q8_0") == 0
+    assert restored(chat_template="{{ messages[0].content }}") == 0
+    assert restored(context=256) == 0
+    state.write_bytes(data[:5000] + b"!" + data[5001:])
+    assert restored() == 0
+    state.write_bytes(data[: len(data) // 2])
+    assert restored() == 0
+    state.write_bytes(data)
+    os.utime(model)
+    assert restored() == 0
+
+
+def test_a_template_of_the_users_own(model: Path) -> None:
+    with Engine(model, EngineSettings(context=128, threads=1, chat_template="{{ messages[-1].content }}")) as engine:
+        reply = ask(Conversation(engine, sampling=GREEDY, limit=2), "abc")
+        assert reply.prompt_tokens < 8
+    with (
+        Engine(model, EngineSettings(context=128, threads=1, template_name="tool_use")) as engine,
+        pytest.raises(UsageError, match="no chat template 'tool_use'"),
+    ):
+        list(engine.load())
+
+
+def test_a_full_context_drops_the_oldest_turns(engine: Engine) -> None:
+    conversation = Conversation(engine, sampling=GREEDY, limit=20, system="Be brief.")
+    dropped: list[int] = []
+    for number in range(12):
+        for event in conversation.ask(f"Question {number}: " + "word " * 12):
+            if isinstance(event, Dropped):
+                dropped.append(event.turns)
+            if isinstance(event, Reply):
+                assert event.finish_reason == "length" and event.completion_tokens == 20
+                assert event.context_used <= 512
+                last = event
+    assert len(conversation.turns) == 24
+    assert dropped and all(count % 2 == 0 for count in dropped) and conversation.dropped == sum(dropped)
+    assert conversation.messages[0] == {"role": "system", "content": "Be brief."}
+    assert conversation.messages[1]["role"] == "user"
+    assert len(dropped) < 6  # half of the context is made free at once: the cache serves the turns between
+    assert last.cached_tokens > 0
 
 
 def test_a_full_context_is_a_sentence(engine: Engine) -> None:

@@ -15,10 +15,10 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -35,6 +35,7 @@ from localmix.tensor_types import TensorType
 # llama.h
 LOAD_WITHOUT_MMAP, LOAD_WITH_MMAP = 0, 1
 MAX_SEQUENCES = 256
+FEW_TOKENS = 16
 # Words of llama.cpp and its back ends for memory that they did not get.
 NO_MEMORY = ("failed to allocate", "unable to allocate", "out of memory", "bad_alloc", "cannot allocate")
 
@@ -205,6 +206,13 @@ class Model:
         name = key.encode()
         return _text(lambda buffer, size: api().llama_model_meta_val_str(self.handle, name, buffer, size))
 
+    def metadata_keys(self) -> list[str]:
+        """Every GGUF key."""
+        return [self._metadata_key(index) for index in range(api().llama_model_meta_count(self.handle))]
+
+    def _metadata_key(self, index: int) -> str:
+        return _text(lambda buffer, size: api().llama_model_meta_key_by_index(self.handle, index, buffer, size)) or ""
+
     def chat_template(self, name: str | None = None) -> str | None:
         """The model's own chat template (Jinja source), or None."""
         template = api().llama_model_chat_template(self.handle, name.encode() if name else None)
@@ -244,6 +252,16 @@ class Model:
             buffer = ctypes.create_string_buffer(-count)
         raise AssertionError("llama_token_to_piece asked for a second buffer")
 
+    def token_texts(self) -> list[bytes]:
+        """The name of every token, as the vocabulary spells it (a space is `▁` or `Ġ`)."""
+        return [api().llama_vocab_get_text(self._vocab, token) or b"" for token in range(self.vocabulary.size)]
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether a part of its memory is one state that cannot forget single tokens."""
+        llama = api()
+        return bool(llama.llama_model_is_recurrent(self.handle) or llama.llama_model_is_hybrid(self.handle))
+
     def ends_generation(self, token: int) -> bool:
         """Whether a token ends a reply: EOS, end of turn and their like."""
         return bool(api().llama_vocab_is_eog(self._vocab, token))
@@ -264,7 +282,8 @@ class Context:
         unified: one cache that all sequences share, instead of an equal part for each.
         outputs: most tokens of a decode that ask for logits; None for `batch`.
         callback: sees the graph's nodes.
-        cancelled: asked before each node that the CPU computes; True stops the decode (`Channel.cancelled`).
+        cancelled: asked before each node that the CPU computes; True stops the decode (`Channel.cancelled`). A decode
+            of `FEW_TOKENS` or fewer is not asked about: it is soon over, and asking costs it time.
 
     Raises:
         CapacityError: the cache or the buffers do not fit into memory.
@@ -304,9 +323,9 @@ class Context:
         self._callback = callback  # llama.cpp keeps the pointer; so must we
         if callback is not None:
             parameters.cb_eval = callback.pointer
-        if cancelled is not None:
-            self._abort = llama.ggml_abort_callback(lambda _: cancelled())
-            parameters.abort_callback = self._abort
+        self._never = llama.ggml_abort_callback()
+        self._abort = self._never if cancelled is None else llama.ggml_abort_callback(lambda _: cancelled())
+        self._watched = False
         with library.log.capture() as lines:
             self._handle = llama.llama_init_from_model(model.handle, parameters)
         if not self._handle:
@@ -364,6 +383,10 @@ class Context:
             Whatever the callback raised.
         """
         count, self._outputs = self._input.fill(tokens, positions, sequences, logits)
+        watch = count > FEW_TOKENS
+        if watch != self._watched:
+            api().llama_set_abort_callback(self.handle, self._abort if watch else self._never, None)
+            self._watched = watch
         with library.log.capture() as lines:
             status = api().llama_decode(self.handle, self._input.struct)
         if self._callback is not None:
@@ -397,6 +420,34 @@ class Context:
     def clear(self) -> None:
         """Empty the cache."""
         api().llama_memory_clear(self._memory, True)
+
+    def save(self, sequence: int, tokens: ArrayLike, path: Path) -> None:
+        """Write a sequence's part of the cache, and the tokens it stands for, to a file.
+
+        Raises:
+            FileError: llama.cpp could not write it; the disk may be full.
+        """
+        values = np.atleast_1d(np.asarray(tokens, np.int32))
+        with library.log.capture() as lines:
+            written = api().llama_state_seq_save_file(
+                self.handle, os.fsencode(path), sequence, _tokens(values), len(values)
+            )
+        if not written:
+            raise FileError(f"{path} cannot be written: {_reason(lines)}.", "Look whether its disk is full.")
+
+    def restore(self, sequence: int, path: Path) -> NDArray[np.int32] | None:
+        """Fill an empty sequence from a file of `save`; its tokens, or None if it does not fit this context.
+
+        llama.cpp trusts what it reads: the file must be known to be sound (see `kv_state`).
+        """
+        tokens, count = np.empty(self.length, np.int32), ctypes.c_size_t()
+        read = api().llama_state_seq_load_file(
+            self.handle, os.fsencode(path), sequence, _tokens(tokens), len(tokens), ctypes.byref(count)
+        )
+        if not read:
+            self.remove(sequence, 0)
+            return None
+        return np.array(tokens[: count.value])
 
     def remove(self, sequence: int, start: int) -> bool:
         """Forget a sequence from position `start` on; False if this kind of cache cannot (recurrent ones)."""
@@ -489,16 +540,24 @@ class Sampler:
         api().llama_sampler_reset(self._chain)
 
 
+class TokenSource(Protocol):
+    """Chooses the next token: a Sampler, or what takes its place."""
+
+    def sample(self, context: Context) -> int:
+        """Choose from the last row of logits, and remember the choice."""
+
+
 class CachedText:
     """A growing text in one sequence of a context: what the cache holds already is not computed again.
 
     Attributes:
         tokens: the tokens whose keys and values are in the cache.
+        context: where they lie.
     """
 
     def __init__(self, context: Context, sequence: int = 0) -> None:
         self.tokens: list[int] = []
-        self._context = context
+        self.context = context
         self._sequence = sequence
 
     def feed(self, tokens: ArrayLike, progress: Callable[[int, int], None] | None = None) -> int:
@@ -516,7 +575,7 @@ class CachedText:
             As `Context.decode`; what was decoded before stays in the cache and in `tokens`.
         """
         wanted = np.atleast_1d(np.asarray(tokens, np.int32))
-        total, context = len(wanted), self._context
+        total, context = len(wanted), self.context
         if total > context.length:
             raise CapacityError(
                 f"The text has {total} tokens, but the context holds {context.length}.",
@@ -538,13 +597,35 @@ class CachedText:
                 progress(start + len(part) - kept, total - kept)
         return kept
 
-    def generate(self, sampler: Sampler, limit: int) -> Iterator[int]:
+    def append(self, tokens: Sequence[int]) -> None:
+        """Add tokens to the text, each with its logits: at most `Context.batch` of them."""
+        places = np.arange(len(self.tokens), len(self.tokens) + len(tokens))
+        self._decode(np.asarray(tokens, np.int32), places, True)
+
+    def truncate(self, length: int) -> None:
+        """Forget the tokens from `length` on; not for recurrent models."""
+        if length < len(self.tokens):
+            self.context.remove(self._sequence, length)
+            del self.tokens[length:]
+
+    def save(self, path: Path) -> None:
+        """Write the cache to a file; see `Context.save`."""
+        self.context.save(self._sequence, self.tokens, path)
+
+    def restore(self, path: Path) -> bool:
+        """Take the cache from a file, in place of what it holds; see `Context.restore`."""
+        self.context.remove(self._sequence, 0)
+        tokens = self.context.restore(self._sequence, path)
+        self.tokens = [] if tokens is None else tokens.tolist()
+        return tokens is not None
+
+    def generate(self, sampler: TokenSource, limit: int) -> Iterator[int]:
         """Sample tokens one by one, each before it is added to the cache.
 
         Ends after a token that ends generation (which is yielded too), after `limit` tokens, or when the
         context is full. The text must have been fed.
         """
-        context = self._context
+        context = self.context
         for number in range(limit):
             token = sampler.sample(context)
             yield token
@@ -555,11 +636,11 @@ class CachedText:
 
     def _decode(self, tokens: NDArray[np.int32], places: NDArray[np.intp], logits: ArrayLike) -> None:
         try:
-            self._context.decode(tokens, places, self._sequence, logits)
+            self.context.decode(tokens, places, self._sequence, logits)
         except BaseException:
             # some micro-batches may be in the cache: forget them, so that it holds what `tokens` says
-            if not self._context.remove(self._sequence, int(places[0])):
-                self._context.remove(self._sequence, 0)
+            if not self.context.remove(self._sequence, int(places[0])):
+                self.context.remove(self._sequence, 0)
                 self.tokens.clear()
             raise
         self.tokens.extend(tokens.tolist())

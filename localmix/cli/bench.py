@@ -1,0 +1,332 @@
+"""`localmix bench`: see `localmix.speed`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from localmix.cli.console import Console, Progress
+from localmix.cli.parameters import MODEL, TYPES, examples, json_option, markdown_option, parse_types
+
+if TYPE_CHECKING:
+    from localmix.comparison import Subject
+    from localmix.speed import SpeedPoint
+    from localmix.table import Table
+
+
+def _numbers(least: int, most: int, words: Mapping[str, int | None] | None = None) -> Callable[..., Any]:
+    """A click callback that reads `1,2,4`, each number once; `words` are allowed in the place of a number."""
+    known = words or {}
+
+    def read(ctx: click.Context, param: click.Parameter, value: str | None) -> list[int | None] | None:
+        if value is None:
+            return None
+        found: dict[int | None, None] = {}
+        for word in (word.strip() for word in value.split(",")):
+            if word in known:
+                found[known[word]] = None
+            elif word.isascii() and word.isdigit() and least <= int(word) <= most:
+                found[int(word)] = None
+            else:
+                also = "".join(f", or {name}" for name in known)
+                raise click.BadParameter(f"{word!r} is not a number from {least} to {most}{also}.", ctx, param)
+        return list(found)
+
+    return read
+
+
+def _kv_types(ctx: click.Context, param: click.Parameter, value: str) -> list[str]:
+    from localmix.memory import KV_TYPES
+
+    names = [word.strip() for word in value.split(",")]
+    for name in names:
+        if name not in KV_TYPES:
+            raise click.BadParameter(f"{name!r} is not one of {', '.join(KV_TYPES)}.", ctx, param)
+    return list(dict.fromkeys(names))
+
+
+@click.command()
+@click.argument("models", metavar="[MODEL]…", nargs=-1, type=MODEL)
+@click.option(
+    "-p",
+    "--prompt",
+    metavar="N[,N…]",
+    default="512",
+    show_default=True,
+    callback=_numbers(0, 1 << 20),
+    help="Read prompts of so many tokens; 0 for none.",
+)
+@click.option(
+    "-n",
+    "--gen",
+    metavar="N[,N…]",
+    default="128",
+    show_default=True,
+    callback=_numbers(0, 1 << 20),
+    help="Generate so many tokens; 0 for none.",
+)
+@click.option(
+    "--pg", metavar="P,G", multiple=True, help="Read P tokens and generate G after them, timed as one; may be repeated."
+)
+@click.option(
+    "-r", "--repetitions", type=click.IntRange(1, 1000), default=5, show_default=True, help="Runs of each test."
+)
+@click.option(
+    "-d",
+    "--depth",
+    metavar="N[,N…]",
+    default="0",
+    show_default=True,
+    callback=_numbers(0, 1 << 24),
+    help="Tokens in the context before a run.",
+)
+@click.option(
+    "-t", "--threads", metavar="N[,N…]", callback=_numbers(1, 512), help="Threads; the physical cores by default."
+)
+@click.option(
+    "-b",
+    "--batch",
+    metavar="N[,N…]",
+    default="2048",
+    show_default=True,
+    callback=_numbers(1, 1 << 20),
+    help="Most tokens given to the engine at once.",
+)
+@click.option(
+    "--ubatch",
+    metavar="N[,N…]",
+    default="512",
+    show_default=True,
+    callback=_numbers(1, 1 << 20),
+    help="Most tokens computed at once.",
+)
+@click.option(
+    "--kv-type",
+    "kv_types",
+    metavar="T[,T…]",
+    default="f16",
+    show_default=True,
+    callback=_kv_types,
+    help="Types of the KV cache: f16, q8_0, q4_0, bf16, f32.",
+)
+@click.option(
+    "--gpu-layers",
+    metavar="auto|N[,N…]",
+    default="auto",
+    show_default=True,
+    callback=_numbers(0, 100_000, {"auto": None}),
+    help="Layers on the GPU; 0 for no GPU at all.",
+)
+@click.option("--types", metavar="TYPE[,TYPE…]", type=TYPES, help="These types of each model, or a set of them.")
+@click.option("--csv", is_flag=True, help="The rows as CSV, with llama-bench's names.")
+@markdown_option
+@json_option
+@examples(
+    "localmix bench",
+    "localmix bench tinymix --types Q8_0,Q4_K_M,Q2_K",
+    "localmix bench tinymix:Q4_K_M --threads 1,2,4 --depth 0,4096 --kv-type f16,q8_0",
+    "localmix bench model.gguf -p 512,2048 -n 0 --ubatch 128,512 --csv > prompt.csv",
+)
+def command(
+    models: tuple[str, ...],
+    prompt: list[int],
+    gen: list[int],
+    pg: tuple[str, ...],
+    repetitions: int,
+    depth: list[int],
+    threads: list[int] | None,
+    batch: list[int],
+    ubatch: list[int],
+    kv_types: list[str],
+    gpu_layers: list[int | None],
+    types: str | None,
+    csv: bool,
+    markdown: bool,
+    json: bool,
+) -> int:
+    """Measure how fast models read prompts and generate, as llama.cpp's llama-bench does.
+
+    Random tokens, a warm-up, then repetitions: tokens per second, mean and standard deviation. An option with
+    several values makes a row for each; several options make one for each combination. A row that fails says
+    so; the exit code is then 3.
+    """
+    from localmix.comparison import look_at
+    from localmix.errors import InputError, UsageError
+    from localmix.native.devices import default_threads
+    from localmix.speed import SpeedTest, bench, sweep
+
+    console = Console(json)
+    tests = [SpeedTest(count, 0) for count in prompt if count]
+    tests += [SpeedTest(0, count) for count in gen if count]
+    tests += [SpeedTest(*_pair(words)) for words in pg]
+    if not tests:
+        raise UsageError("There is nothing to measure.", "Give -p, -n or --pg.")
+    subjects = {path: look_at(path) for path in _paths(models, types)}
+    longest = max(depth) + max(test.prompt + test.generated for test in tests)
+    for subject in subjects.values():
+        if longest > subject.trained_context:
+            console.warn(f"{subject.path.name} was trained for a context of {subject.trained_context}, not {longest}.")
+
+    done: list[SpeedPoint] = []
+
+    def draw() -> None:
+        table = _table(done, subjects)
+        if csv:
+            console.raw(table.csv())
+        else:
+            console.table(table, markdown)
+
+    bars: list[Progress] = []
+    settings = sweep(threads or [default_threads()], batch, ubatch, depth, kv_types, gpu_layers)
+    points = bench(
+        list(subjects), tests, settings, repetitions, lambda runs, total, label: bars[-1](runs, total, label)
+    )
+    try:
+        while True:
+            with console.progress() as progress:  # a bar for each row, so that rows can be told between them
+                bars.append(progress)
+                point = next(points, None)
+            if point is None:
+                break
+            done.append(point)
+            _tell(console, point, subjects[point.path])
+    except KeyboardInterrupt:
+        if done and not json:
+            draw()
+        raise
+    _remember(list(subjects))
+    console.result({"rows": [_record(point, subjects[point.path]) for point in done]}, draw)
+    return InputError.exit_code if any(point.failure for point in done) else 0
+
+
+def _pair(words: str) -> tuple[int, int]:
+    prompt, comma, generated = words.partition(",")
+    if not (comma and prompt.strip().isdigit() and generated.strip().isdigit() and int(prompt) + int(generated)):
+        raise click.BadParameter(f"{words!r} is not P,G: two numbers of tokens.", param_hint="'--pg'")
+    return int(prompt), int(generated)
+
+
+def _paths(models: Sequence[str], types: str | None) -> list[Path]:
+    """The files to measure, each once."""
+    from localmix import library
+
+    if types is None:
+        found = [library.resolve(model, library.Purpose.MEASURE) for model in models or (None,)]
+    else:
+        names = [library.model_name(library.resolve(model, library.Purpose.ANY)) for model in models or (None,)]
+        found = [
+            library.resolve(f"{name}:{kind}", library.Purpose.MEASURE) for name in names for kind in parse_types(types)
+        ]
+    return list(dict.fromkeys(found))
+
+
+def _remember(paths: list[Path]) -> None:
+    from localmix import library
+
+    library.remember(paths)
+
+
+def _tell(console: Console, point: SpeedPoint, subject: Subject) -> None:
+    """A finished row, in a line."""
+    title = f"{subject.model} {subject.type}, {point.name}"
+    if point.failure:
+        console.warn(f"{title}: {point.failure}")
+    else:
+        console.note(f"{title}: {point.tps:.2f} ± {point.deviation:.2f} tokens/s")
+
+
+def _record(point: SpeedPoint, subject: Subject) -> dict[str, Any]:
+    """A row as data: llama-bench's fields under its names, then ours."""
+    import statistics
+
+    settings, test = point.settings, point.test
+    spread = statistics.stdev(point.nanoseconds) if len(point.nanoseconds) > 1 else 0.0
+    return {
+        "build_commit": point.machine.engine.removeprefix("llama.cpp "),
+        "cpu_info": point.machine.processor,
+        "gpu_info": ", ".join(point.machine.gpus),
+        "model_filename": str(point.path),
+        "model_type": point.description,
+        "model_size": point.weight_bytes,
+        "model_n_params": point.parameters,
+        "n_batch": settings.batch,
+        "n_ubatch": settings.micro_batch,
+        "n_threads": settings.threads,
+        "type_k": settings.kv_type,
+        "type_v": settings.kv_type,
+        "n_gpu_layers": -1 if settings.gpu_layers is None else settings.gpu_layers,
+        "n_prompt": test.prompt,
+        "n_gen": test.generated,
+        "n_depth": settings.depth,
+        "avg_ns": round(statistics.mean(point.nanoseconds)) if point.nanoseconds else None,
+        "stddev_ns": round(spread) if point.nanoseconds else None,
+        "avg_ts": point.tps,
+        "stddev_ts": point.deviation,
+        "samples_ns": point.nanoseconds,
+        "samples_ts": point.samples,
+        "model": subject.model,
+        "type": subject.type,
+        "file_bytes": subject.bytes,
+        "bpw": subject.bpw,
+        "ms_per_token": point.ms_per_token,
+        "memory_bytes": point.memory_bytes,
+        "failure": point.failure,
+    }
+
+
+def _table(points: Sequence[SpeedPoint], subjects: Mapping[Path, Subject]) -> Table:
+    """A row for each point; what is the same for all stands in the caption."""
+    from localmix.table import Column, Table, number, size_unit
+
+    unit, unit_name = size_unit(subject.bytes for subject in subjects.values())
+    several = len({subject.model for subject in subjects.values()}) > 1
+    swept: dict[str, Callable[[SpeedPoint], object]] = {
+        "Threads": lambda point: point.settings.threads,
+        "Batch": lambda point: point.settings.batch,
+        "µBatch": lambda point: point.settings.micro_batch,
+        "KV": lambda point: point.settings.kv_type,
+        "GPU layers": lambda point: "auto" if point.settings.gpu_layers is None else point.settings.gpu_layers,
+    }
+    same = {name: of(points[0]) for name, of in swept.items() if len(set(map(of, points))) == 1}
+    varied = {name: of for name, of in swept.items() if name not in same}
+    columns = [
+        *([Column("Model", number=False)] if several else []),
+        Column("Type", number=False),
+        Column(f"Size {unit_name}", rank=2),
+        *(Column(name) for name in varied),
+        Column("Test", number=False),
+        Column("Tokens/s"),
+        Column("±"),
+        Column("ms/token", rank=1),
+        Column(f"Memory {unit_name}", rank=3),
+    ]
+    rows = []
+    for point in points:
+        subject = subjects[point.path]
+        rows.append(
+            (
+                *([subject.model] if several else []),
+                subject.type,
+                f"{subject.bytes / unit:.2f}",
+                *(str(of(point)) for of in varied.values()),
+                point.name,
+                "failed" if point.failure else number(point.tps, 2),
+                number(point.deviation, 2),
+                number(point.ms_per_token, 2),
+                number(None if point.memory_bytes is None else point.memory_bytes / unit, 2),
+            )
+        )
+    machine = next((point.machine for point in points if point.machine.processor), points[0].machine)
+    repetitions = max(len(point.nanoseconds) for point in points)
+    plain = {"Threads": "threads", "Batch": "batch", "µBatch": "µbatch", "KV": "KV", "GPU layers": "GPU layers"}
+    defaults = {"Batch": 2048, "µBatch": 512, "KV": "f16", "GPU layers": "auto"}
+    fixed = [f"{plain[name]} {value}" for name, value in same.items() if defaults.get(name) != value]
+    caption = "; ".join(filter(None, (*machine.gpus, machine.processor, *fixed, f"{repetitions} runs", machine.engine)))
+    records = tuple(
+        {name: value for name, value in _record(point, subjects[point.path]).items() if not name.startswith("samples")}
+        for point in points
+    )
+    return Table(tuple(columns), tuple(rows), f"{caption}.", records=records)

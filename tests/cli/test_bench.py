@@ -1,0 +1,109 @@
+"""`localmix bench` as a user runs it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.commands import CommandLine
+from tests.random_model import write_random_model
+
+FEW = ("-t", "1", "-p", "16", "-n", "4", "-r", "2")
+
+
+@pytest.fixture
+def localmix(tmp_path: Path) -> CommandLine:
+    return CommandLine(tmp_path / "home", tmp_path)
+
+
+@pytest.fixture
+def library(localmix: CommandLine, random_model: Path) -> CommandLine:
+    """A model of two types; both are the same weights, which is nothing to a benchmark."""
+    folder = localmix.home / "small"
+    folder.mkdir(parents=True)
+    for kind in ("F32", "Q8_0"):
+        shutil.copy(random_model, folder / f"small-{kind}.gguf")
+    return localmix
+
+
+def test_a_row_for_each_type_and_what_is_swept(library: CommandLine) -> None:
+    run = library("bench", "small", "--types", "F32,Q8_0", *FEW, "--depth", "0,8", "--kv-type", "f16,q8_0")
+    lines = run.out.splitlines()
+    assert lines[0].split() == ["Type", "Size", "MiB", "KV", "Test", "Tokens/s", "±", "ms/token", "Memory", "MiB"]
+    rows = [line.split() for line in lines[2:-1]]
+    assert [row[0] for row in rows] == ["F32"] * 8 + ["Q8_0"] * 8
+    assert [row[3] for row in rows[:4]] == ["pp16", "tg4", "pp16", "tg4"]
+    assert "threads 1; 2 runs; llama.cpp" in lines[-1]
+    # each row is told as soon as it is there
+    assert run.err.count("tokens/s") == 16
+    assert "small F32, pp16 @ d8: " in run.err
+
+
+def test_csv_markdown_and_json_hold_the_same(library: CommandLine) -> None:
+    run = library("bench", "small:F32", *FEW, "--pg", "8,2", "--csv")
+    rows = list(csv.DictReader(io.StringIO(run.out)))
+    assert [(row["n_prompt"], row["n_gen"]) for row in rows] == [("16", "0"), ("0", "4"), ("8", "2")]
+    assert float(rows[0]["avg_ts"]) > 0
+    run = library("bench", "small:F32", *FEW, "-n", "0", "--markdown")
+    assert run.out.startswith("| Type | Size MiB | Test |")
+    run = library("bench", "small:F32", *FEW, "-n", "0", "--json")
+    (row,) = run.json["rows"]
+    assert (row["model"], row["type"], row["n_threads"]) == ("small", "F32", 1)
+    assert row["memory_bytes"] > 10e6
+
+
+def test_a_row_that_fails_says_so(localmix: CommandLine, tmp_path: Path) -> None:
+    # heads of 16 numbers have no whole block of q8_0
+    path = write_random_model(tmp_path / "thin.gguf", hidden=64, feed_forward=64, experts=0)
+    run = localmix("bench", path, *FEW, "--kv-type", "q8_0,f16", expect=3)
+    assert [line.split()[4] == "failed" for line in run.out.splitlines()[2:-1]] == [True, True, False, False]
+    assert "Note: thin F32, pp16: thin.gguf with a context of" in run.err
+
+
+def test_a_broken_file_is_said_before_anything_runs(library: CommandLine) -> None:
+    path = library.home / "small" / "small-Q8_0.gguf"
+    path.write_bytes(path.read_bytes()[:5000])
+    run = library("bench", "small", "--types", "F32,Q8_0", *FEW, expect=3)
+    assert "small-Q8_0.gguf" in run.err
+    assert "tokens/s" not in run.err
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--threads", "0"), "'0' is not a number from 1 to 512"),
+        (("--depth", "1,x"), "'x' is not a number"),
+        (("--gpu-layers", "all"), "or auto"),
+        (("--kv-type", "q3"), "'q3' is not one of f16"),
+        (("--pg", "8"), "is not P,G"),
+        (("-p", "0", "-n", "0"), "nothing to measure"),
+        (("--types", "Q2_K"), "small has no file of type Q2_K"),
+    ],
+)
+def test_a_wrong_option_is_a_sentence(library: CommandLine, words: tuple[str, ...], sentence: str) -> None:
+    run = library("bench", "small", *words, expect=2)
+    assert sentence in run.err
+    assert run.out == ""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT there")
+def test_ctrl_c_prints_what_is_there(library: CommandLine) -> None:
+    process = library.popen("bench", "small:F32", "-t", "1", "-p", "8", "-n", "100000", "-r", "1")
+    assert process.stderr is not None
+    told = process.stderr.readline()  # the first row is done; the second takes minutes
+    assert "pp8: " in told or "trained" in told
+    if "trained" in told:
+        assert "pp8: " in process.stderr.readline()
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "pp8" in out and "tg100000" not in out
+    assert "Traceback" not in err

@@ -26,6 +26,8 @@ from localmix.worker import Channel, Progress, Report, Worker
 # llama-bench's defaults
 PROMPT, GENERATED, REPETITIONS = 512, 128, 5
 BATCH, MICRO_BATCH = 2048, 512
+# what llama.cpp's tools take for a KV cache
+KV_TYPES = ("f16", "q8_0", "q4_0", "bf16", "f32", "q4_1", "q5_0", "q5_1", "iq4_nl")
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Settings:
     Attributes:
         batch, micro_batch: most tokens of a decode, and of what is computed at once.
         depth: tokens in the cache before a run.
-        kv_type: of both halves of the KV cache, as `TensorType` names it but in small letters.
+        kv_type: of both halves of the KV cache, one of `KV_TYPES`.
         gpu_layers: None for as many as llama.cpp places there.
     """
 

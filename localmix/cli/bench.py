@@ -39,7 +39,7 @@ def _numbers(least: int, most: int, words: Mapping[str, int | None] | None = Non
 
 
 def _kv_types(ctx: click.Context, param: click.Parameter, value: str) -> list[str]:
-    from localmix.memory import KV_TYPES
+    from localmix.speed import KV_TYPES
 
     names = [word.strip() for word in value.split(",")]
     for name in names:
@@ -110,7 +110,7 @@ def _kv_types(ctx: click.Context, param: click.Parameter, value: str) -> list[st
     default="f16",
     show_default=True,
     callback=_kv_types,
-    help="Types of the KV cache: f16, q8_0, q4_0, bf16, f32.",
+    help="Types of the KV cache: f16, q8_0, q4_0, and the others of llama.cpp.",
 )
 @click.option(
     "--gpu-layers",

@@ -66,6 +66,7 @@ def convert(
     output: Path,
     kind: str = "auto",
     *,
+    pre: str | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Converted:
@@ -75,13 +76,14 @@ def convert(
         model: checkpoint folder or GGUF file.
         output: the file to write.
         kind: `auto` (as the weights are), `bf16`, `f16` or `f32`.
+        pre: llama.cpp's name for the way that the tokenizer splits, instead of recognising it.
         threads: defaults to the cores at hand.
         progress: called with (weights done, weights in all, tensor's name).
 
     Raises:
         LocalmixError: see `sources.open`, `plan` and `stream`.
     """
-    with open_source(model) as source:
+    with open_source(model, pre=pre) as source:
         plan = plan_conversion(source, kind)
         write_outputs(source, [(plan, output)], threads=threads or default_threads(), progress=progress)
         return Converted(

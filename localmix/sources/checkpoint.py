@@ -32,7 +32,7 @@ from localmix.errors import FileError, InputError
 from localmix.sources.base import MetaValue, ShapeOnlySource, Source, TensorInfo, f32, text
 from localmix.sources.documents import listed, read_object, read_optional_object, shown
 from localmix.sources.safetensors import WEIGHT_DTYPES, Shard, StoredTensor, open_shard
-from localmix.sources.tokenizer import has_tokenizer, read_tokenizer
+from localmix.sources.tokenizers import has_tokenizer, read_tokenizer
 from localmix.tensor_types import FLOAT_TYPES, TensorType, widen
 
 CONFIG = "config.json"
@@ -178,12 +178,13 @@ def _as_type(rows: npt.NDArray[Any], dtype: str, kind: TensorType) -> npt.NDArra
     return rows.astype(np.float32) if stored is None else widen(rows, stored)
 
 
-def open_checkpoint(path: Path) -> Source:
+def open_checkpoint(path: Path, *, pre: str | None = None) -> Source:
     """Open a checkpoint folder and check it in full, except for the weights themselves.
 
     Args:
-        path: a folder with config.json, safetensors files and a sentencepiece tokenizer. Without any file of
-            weights the result can be planned but not read.
+        path: a folder with config.json, safetensors files and a tokenizer. Without any file of weights the
+            result can be planned but not read.
+        pre: llama.cpp's name for the way that the tokenizer splits, instead of recognising it.
 
     Raises:
         InputError: broken, incomplete, already quantized, or of a kind that is not converted.
@@ -219,7 +220,7 @@ def open_checkpoint(path: Path) -> Source:
         metadata |= row.metadata(settings)
         metadata |= derived.metadata
         if shards or has_tokenizer(path):
-            tokenizer = read_tokenizer(path, config, int(settings["vocab_size"]), row.extra_tokens)
+            tokenizer = read_tokenizer(path, config, int(settings["vocab_size"]), row.extra_tokens, pre)
             metadata |= tokenizer.metadata
             notes += tokenizer.notes
         opened.pop_all()

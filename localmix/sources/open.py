@@ -8,11 +8,12 @@ from localmix.errors import FileError, InputError
 from localmix.sources.base import Source
 
 
-def open_source(path: Path) -> Source:
+def open_source(path: Path, *, pre: str | None = None) -> Source:
     """Open whatever holds a model.
 
     Args:
         path: a Hugging Face checkpoint folder, its `config.json`, or a GGUF file (any part of a split one).
+        pre: llama.cpp's name for the way that a checkpoint's tokenizer splits, instead of recognising it.
 
     Raises:
         FileError: there is nothing at the path.
@@ -23,7 +24,7 @@ def open_source(path: Path) -> Source:
     if path.is_dir() or path.name == "config.json":
         from localmix.sources.checkpoint import open_checkpoint
 
-        return open_checkpoint(path if path.is_dir() else path.parent)
+        return open_checkpoint(path if path.is_dir() else path.parent, pre=pre)
     if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt"):
         raise InputError(
             f"{path} is a pickle, which can run any program when it is opened.",

@@ -1,4 +1,4 @@
-"""Tokenizers that are broken or of another model; what a good one becomes is held against upstream's fixtures."""
+"""tokenizer.model and the files beside it, broken ones; what good ones become is held against upstream's fixtures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import sentencepiece
 
 from localmix.errors import InputError
-from localmix.sources.tokenizer import read_tokenizer
+from localmix.sources.tokenizers import read_tokenizer
 from tests.checkpoints import CHAT_TEMPLATE, TOKENIZER_PIECES, Shape, edit_json, write_checkpoint
 
 ROWS = TOKENIZER_PIECES + 4
@@ -52,7 +52,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda f: (f / "tokenizer.model").unlink(), "has no tokenizer.model"),
     "another kind": (
         lambda f: ((f / "tokenizer.model").unlink(), (f / "tokenizer.json").write_text("{}")),
-        "only tokenizer.json; vocabularies other than sentencepiece are not converted yet",
+        "tokenizer.json has no model",
     ),
     "empty": (lambda f: (f / "tokenizer.model").write_bytes(b""), "not a sentencepiece model"),
     "garbage": (lambda f: (f / "tokenizer.model").write_bytes(b"garbage" * 99), "not a sentencepiece model"),

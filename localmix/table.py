@@ -34,6 +34,17 @@ def size_unit(counts: Iterable[int]) -> tuple[int, str]:
     return (GIB, "GiB") if max(counts, default=GIB) >= GIB / 10 else (MIB, "MiB")
 
 
+def size_column(counts: Sequence[int]) -> tuple[str, Callable[[int], str]]:
+    """The unit of a column of sizes and how its cells are written.
+
+    Without a unit in common, for a file of 3 MiB beside one of 11 GiB, the unit is empty and the cells name theirs.
+    """
+    unit, name = size_unit(counts)
+    if min(counts, default=unit) < unit / 100:
+        return "", size
+    return name, lambda count: f"{count / unit:.2f}"
+
+
 @dataclass(frozen=True)
 class Column:
     """A heading; numbers stand at the right, words at the left.
@@ -252,10 +263,10 @@ def comparable(row: QuantizationRow) -> tuple[str, str]:
 
 def quantization_table(rows: Sequence[QuantizationRow], caption: str = "") -> Table:
     """The rows with a column for all that was measured in one of them; model and corpus only when there are several."""
-    unit, unit_name = size_unit(row.bytes for row in rows)
+    unit, size_text = size_column([row.bytes for row in rows])
     quantities = [quantity for quantity in QUANTITIES if any(quantity.value(row) is not None for row in rows)]
     peaks = [row.memory_bytes for row in rows if row.memory_bytes is not None]
-    peak_unit, peak_name = size_unit(peaks)
+    peak_unit, peak_text = size_column(peaks)
     devices = list(dict.fromkeys(device for row in rows for device in row.device_ms_per_token))
 
     columns: list[Column] = []
@@ -270,11 +281,14 @@ def quantization_table(rows: Sequence[QuantizationRow], caption: str = "") -> Ta
     if len({row.corpus for row in rows}) > 1:
         add(Column("Corpus", number=False), lambda row: row.corpus)
     add(Column("Type", number=False), lambda row: row.type)
-    add(Column(f"Size {unit_name}"), lambda row: f"{row.bytes / unit:.2f}")
+    add(Column(f"Size {unit}".strip()), lambda row: size_text(row.bytes))
     for quantity in quantities:
         add(Column(quantity.title, rank=quantity.rank), lambda row, quantity=quantity: _cell(quantity, row))  # type: ignore[misc]
     if peaks:
-        add(Column(f"Memory {peak_name}", rank=7), lambda row: number(_over(row.memory_bytes, peak_unit), 2))
+        add(
+            Column(f"Memory {peak_unit}".strip(), rank=7),
+            lambda row: "–" if row.memory_bytes is None else peak_text(row.memory_bytes),
+        )
     for device in devices:
         add(
             Column(f"{device} ms/token", rank=14),
@@ -288,10 +302,6 @@ def _cell(quantity: Quantity, row: QuantizationRow) -> str:
     if row.failed and quantity.name != "bpw":
         return "failed" if quantity.name == "ppl" else "–"
     return quantity.text(row)
-
-
-def _over(value: int | None, unit: int) -> float | None:
-    return None if value is None else value / unit
 
 
 def _record(row: QuantizationRow, devices: Sequence[str]) -> dict[str, str | float | None]:

@@ -229,6 +229,12 @@ def test_sizes_name_their_unit(count: int, words: str) -> None:
     assert size(count) == words
 
 
+def test_sizes_without_a_unit_in_common_name_theirs() -> None:
+    table = quantization_table([row("Q8_0", 46.2, 4.4, origin="published"), row("Q8_0", 0.004, 1.8)])
+    assert table.columns[2].title == "Size"
+    assert [cells[2] for cells in table.rows] == ["46.20 GiB", "4.10 MiB"]
+
+
 def test_a_column_has_one_unit() -> None:
     assert size_unit([GIB, 100]) == (GIB, "GiB")
     assert size_unit([2**20, 100]) == (2**20, "MiB")

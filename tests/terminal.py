@@ -22,14 +22,15 @@ class Terminal:
     Args:
         folder: where the shell starts.
         variables: its environment.
+        colours: leave `NO_COLOR` out of it.
     """
 
-    def __init__(self, folder: Path, variables: Mapping[str, str]) -> None:
+    def __init__(self, folder: Path, variables: Mapping[str, str], colours: bool = False) -> None:
         if shutil.which("tmux") is None:
             pytest.skip("tmux is not installed (Debian: apt install tmux)")
         self._socket = f"localmix-{uuid.uuid4().hex[:12]}"
         self._folder = folder
-        self._variables = {**variables, "LC_ALL": "C.UTF-8", "NO_COLOR": "1"}
+        self._variables = {**variables, "LC_ALL": "C.UTF-8", "NO_COLOR": "" if colours else "1"}
 
     def __enter__(self) -> Terminal:
         settings = [argument for item in self._variables.items() for argument in ("-e", "=".join(item))]
@@ -53,10 +54,19 @@ class Terminal:
         """Press keys by tmux's names: `C-c`, `M-Enter`."""
         self._tmux("send-keys", *keys)
 
+    def resize(self, columns: int, lines: int) -> None:
+        """Give the window another size."""
+        self._tmux("resize-window", "-x", str(columns), "-y", str(lines))
+
     def paste(self, text: str) -> None:
         """Paste a text as a terminal does, bracketed."""
         self._tmux("set-buffer", text)
         self._tmux("paste-buffer", "-p")
+
+    @property
+    def coloured(self) -> str:
+        """What is on the screen now, with the escape sequences that draw it so."""
+        return self._tmux("capture-pane", "-p", "-e")
 
     @property
     def screen(self) -> str:

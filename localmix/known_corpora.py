@@ -10,13 +10,11 @@ import hashlib
 import io
 import os
 import tempfile
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from localmix.errors import NetworkError
-from localmix.output import file_error, write_atomically
 
 
 @dataclass(frozen=True)
@@ -68,6 +66,8 @@ def fetch(name: str) -> tuple[Path, tuple[str, ...]]:
     """
     import platformdirs
 
+    from localmix.output import file_error, write_atomically
+
     known = KNOWN_CORPORA[name]
     path = platformdirs.user_cache_path("localmix", appauthor=False) / "corpora" / name / known.file_name
     notes = []
@@ -92,6 +92,8 @@ def _download(known: KnownCorpus) -> bytes:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
     from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
+
+    from localmix.output import file_error
 
     repository, archive, revision = known.repository, known.archive, known.revision
     try:
@@ -127,6 +129,8 @@ def _unpack(data: bytes, known: KnownCorpus) -> bytes:
             f" not {known.archive_sha256}.",
             "Something on the way may change downloads. Give the text itself with --corpus FILE.",
         )
+    import zipfile
+
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         text = archive.read(known.member)
     assert _sha256(text) == known.sha256  # the archive is the pinned one, so the pins contradict each other

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
+import importlib.util
 import os
+import re
 import sys
 import threading
 from collections import deque
@@ -82,15 +85,14 @@ def api() -> ModuleType:
     """
     os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # else an abort starts a debugger, where one is installed
     try:
-        import llama_cpp
-        from llama_cpp import llama_cpp as bindings
+        version, bindings = _bindings()
     except (ImportError, OSError, RuntimeError, FileNotFoundError) as error:
         raise InputError(
             f"llama-cpp-python cannot be loaded: {error}.", "Install it again with `make setup`."
         ) from error
-    if llama_cpp.__version__ != PINNED_VERSION:
+    if version != PINNED_VERSION:
         raise InputError(
-            f"llama-cpp-python {llama_cpp.__version__} is installed, but localmix needs {PINNED_VERSION} exactly.",
+            f"llama-cpp-python {version} is installed, but localmix needs {PINNED_VERSION} exactly.",
             f"Run `pip install llama-cpp-python=={PINNED_VERSION}`.",
         )
 
@@ -102,6 +104,26 @@ def api() -> ModuleType:
     bindings.llama_log_set(receive, None)
     bindings.llama_backend_init()
     return bindings
+
+
+def _bindings() -> tuple[str, ModuleType]:
+    """The package's version, and its module of C functions alone.
+
+    What else the package imports (jinja2, diskcache, multiprocessing) takes three times as long as the functions do,
+    and every child that runs a model would wait for it.
+    """
+    spec = importlib.util.find_spec("llama_cpp")
+    if spec is None or spec.origin is None:
+        raise ImportError("it is not installed")
+    version = re.search(r'^__version__ = "(.+?)"', Path(spec.origin).read_text("utf-8"), re.MULTILINE)
+    whole = sys.modules.get("llama_cpp")
+    sys.modules["llama_cpp"] = whole or importlib.util.module_from_spec(spec)  # not run
+    try:
+        bindings = importlib.import_module("llama_cpp.llama_cpp")
+    finally:
+        if whole is None:  # whoever imports the package later gets all of it
+            sys.modules.pop("llama_cpp", None)
+    return (version[1] if version else "of an unknown version"), bindings
 
 
 @functools.cache

@@ -1,24 +1,31 @@
-"""The quantization table: several models measured on one corpus, a row for each."""
+"""The quantization table: several models measured on one corpus, a row for each; and the verdict on two."""
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from localmix import library
+import numpy as np
+
+from localmix import library, worker
 from localmix.corpus import Corpus
+from localmix.divergence import Divergence, Reference, open_reference
 from localmix.errors import Interrupted, LocalmixError
 from localmix.gguf_format import tensor_bytes
 from localmix.memory import DEFAULT_CONTEXT, trained_context
 from localmix.native.mixture import file_type
-from localmix.perplexity import Perplexity, measure
+from localmix.perplexity import BrokenReference, Conditions, Perplexity, measure_here
 from localmix.plan import COPY
 from localmix.presets import load_presets
+from localmix.reference import Cache
 from localmix.sources.base import Source
 from localmix.sources.open import open_source
 from localmix.table import QuantizationRow
+from localmix.worker import Report
 
 
 @dataclass(frozen=True)
@@ -79,56 +86,191 @@ def common_context(subjects: Sequence[Subject]) -> int:
 def compare(
     subjects: Sequence[Subject],
     corpus: Corpus,
-    ctx: int,
-    chunks: int | None = None,
-    threads: int | None = None,
+    conditions: Conditions,
     speed: bool = True,
-    progress: Callable[[int, int, str], None] | None = None,
+    reference: Subject | None = None,
+    cache: Cache | None = None,
+    progress: Report | None = None,
 ) -> Iterator[Measured]:
-    """Measure each model; a row comes as soon as it is done.
+    """Measure each model; a row comes as soon as it is done, the reference's first.
 
-    A model that fails becomes a row that says so and the others go on, unless it is the only one.
+    A model that fails becomes a row that says so and the others go on, unless it is the only one. When the
+    reference fails, the others are measured without it.
 
     Args:
-        subjects: from `look_at`.
-        corpus: from `read_corpus`.
-        ctx, chunks, threads, speed: as `perplexity.measure`.
+        subjects, reference: from `look_at`; a reference that is one of the subjects too has one row.
+        speed: measure the generation speed too.
+        cache: keep the reference's logits there; None to run it beside each model.
         progress: called with (done, in all, the model's type and number and what is counted).
 
     Raises:
         LocalmixError: the only model failed.
     """
-    for number, subject in enumerate(subjects, 1):
-        label = f"{subject.type} ({number} of {len(subjects)})" if len(subjects) > 1 else subject.type
-
-        def report(done: int, total: int, what: str, label: str = label) -> None:
-            if progress is not None:
-                progress(done, total, f"{label}: {what}")
-
+    if reference is None:
+        yield from _compare_alone(subjects, corpus, conditions, speed, _reports(subjects, progress))
+        return
+    # a reference alone is measured against itself
+    others = [subject for subject in subjects if not subject.path.samefile(reference.path)] or list(subjects)
+    reports = _reports([reference, *others], progress)
+    try:
+        opened = open_reference(reference.path, corpus, conditions, cache, speed, next(reports))
+    except Interrupted:
+        raise
+    except LocalmixError as error:
+        yield _failed(reference, corpus, error, is_reference=True)
+        yield from _compare_alone(others, corpus, conditions, speed, reports, may_raise=False)
+        return
+    if opened.perplexity is not None:
+        yield _reference_row(reference, corpus, opened, opened.perplexity)
+    for number, subject in enumerate(others):
         try:
-            found = measure(subject.path, corpus, ctx, chunks, threads, speed, report)
+            found, beside = opened.measure_both(subject.path, speed, next(reports))
+        except Interrupted:
+            raise
+        except BrokenReference as error:
+            yield _failed(reference, corpus, error, is_reference=True)
+            again = _reports([reference, *others], progress)
+            yield from _compare_alone(others[number:], corpus, conditions, speed, again, may_raise=False)
+            return
+        except LocalmixError as error:
+            yield _failed(subject, corpus, error)
+            continue
+        if opened.perplexity is None:
+            opened = replace(opened, perplexity=beside)
+            yield _reference_row(reference, corpus, opened, beside)
+        yield Measured(_row(subject, corpus, found), found)
+
+
+def _compare_alone(
+    subjects: Sequence[Subject],
+    corpus: Corpus,
+    conditions: Conditions,
+    speed: bool,
+    reports: Iterator[Report],
+    may_raise: bool = True,
+) -> Iterator[Measured]:
+    """Each model without a reference; a single one raises its error."""
+    for subject in subjects:
+        try:
+            found = worker.run(measure_here, subject.path, corpus, conditions, speed, progress=next(reports))
         except Interrupted:
             raise
         except LocalmixError as error:
-            if len(subjects) == 1:
+            if may_raise and len(subjects) == 1:
                 raise
-            yield Measured(_row(subject, failure=error.message), None)
+            yield _failed(subject, corpus, error)
         else:
-            yield Measured(_row(subject, found), found)
+            yield Measured(_row(subject, corpus, found), found)
 
 
-def _row(subject: Subject, found: Perplexity | None = None, failure: str = "") -> QuantizationRow:
-    return QuantizationRow(
+def _reports(subjects: Sequence[Subject], progress: Report | None) -> Iterator[Report]:
+    """A `progress` for each of the models, which says whose it is."""
+    for number, subject in enumerate(subjects, 1):
+        name = f"{subject.type} ({number} of {len(subjects)})" if len(subjects) > 1 else subject.type
+
+        def report(done: int, total: int, what: str, name: str = name) -> None:
+            if progress is not None:
+                progress(done, total, f"{name}: {what}")
+
+        yield report
+
+
+def _reference_row(subject: Subject, corpus: Corpus, opened: Reference, found: Perplexity) -> Measured:
+    found = replace(found, notes=found.notes + opened.notes)
+    return Measured(replace(_row(subject, corpus, found), is_reference=True), found)
+
+
+def _failed(subject: Subject, corpus: Corpus, error: LocalmixError, is_reference: bool = False) -> Measured:
+    return Measured(replace(_row(subject, corpus), failure=error.message, is_reference=is_reference), None)
+
+
+def _row(subject: Subject, corpus: Corpus, found: Perplexity | None = None) -> QuantizationRow:
+    row = QuantizationRow(
         model=subject.model,
         type=subject.type,
         path=subject.path,
         bytes=subject.bytes,
         bpw=subject.bpw,
-        ppl=found.ppl if found else None,
-        error=found.error if found else None,
-        tokens=found.tokens if found else 0,
-        chunks=found.chunks if found else 0,
-        prompt_ms_per_token=found.prompt_ms_per_token if found else None,
-        ms_per_token=found.speed.ms_per_token if found and found.speed else None,
-        failure=failure,
+        corpus=corpus.name,
+    )
+    if found is None:
+        return row
+    prompt = found.prompt_ms_per_token
+    return replace(
+        row,
+        ppl=found.ppl,
+        error=found.error,
+        tokens=found.tokens,
+        chunks=found.chunks,
+        context=found.context,
+        prompt_ms_per_token=prompt,
+        pp_tps=1000 / prompt if prompt else None,
+        ms_per_token=found.speed.ms_per_token if found.speed else None,
+        tg_tps=found.speed.generation_tps if found.speed else None,
+        memory_bytes=found.memory_bytes,
+        delta_ppl=found.delta_ppl,
+        delta_error=found.delta_error,
+        divergence=found.divergence,
+    )
+
+
+def averages(rows: Sequence[QuantizationRow]) -> list[QuantizationRow]:
+    """A row for each model measured on several corpora: every corpus counts the same, whatever its length.
+
+    The perplexity is the geometric mean, which is the perplexity of the mean log-likelihoods. Divergences and
+    shares are arithmetic means of the corpora's, the maximum is the largest. A model that failed on one has none.
+    """
+    names = list(dict.fromkeys(row.corpus for row in rows))
+    groups: dict[Path | None, list[QuantizationRow]] = {}
+    for row in rows:
+        groups.setdefault(row.path, []).append(row)
+    whole = {
+        path: group
+        for path, group in groups.items()
+        if len(group) == len(names) and not any(row.failed for row in group)
+    }
+    reference = next((group for group in whole.values() if group[0].is_reference), None)
+    return [_average(group, reference) for group in whole.values()]
+
+
+def _average(rows: Sequence[QuantizationRow], reference: Sequence[QuantizationRow] | None) -> QuantizationRow:
+    count = len(rows)
+    ppls, errors = (np.array([getattr(row, name) for row in rows], float) for name in ("ppl", "error"))
+    ppl = float(np.exp(np.log(ppls).mean()))
+    # standard errors of the mean log-likelihoods, whose mean is that of the average
+    deviations = errors / ppls
+    average = replace(
+        rows[0],
+        corpus=f"average of {count}",
+        ppl=ppl,
+        error=ppl * float(np.sqrt((deviations**2).sum())) / count,
+        tokens=sum(row.tokens for row in rows),
+        chunks=sum(row.chunks for row in rows),
+        delta_ppl=None,
+        delta_error=None,
+        divergence=None,
+    )
+    divergences = [row.divergence for row in rows if row.divergence is not None]
+    if reference is None or len(divergences) < count:
+        return average
+    other_ppls, other_errors = (np.array([getattr(row, name) for row in reference], float) for name in ("ppl", "error"))
+    other_ppl = float(np.exp(np.log(other_ppls).mean()))
+    other_deviations = other_errors / other_ppls
+    # each corpus's error of the difference holds the covariance of the two means
+    differences = np.array([row.delta_error for row in rows], float)
+    covariances = (errors**2 + other_errors**2 - differences**2) / (2 * ppls * other_ppls)
+    variances = (ppl * deviations) ** 2 + (other_ppl * other_deviations) ** 2 - 2 * ppl * other_ppl * covariances
+    return replace(
+        average,
+        delta_ppl=ppl - other_ppl,
+        delta_error=float(np.sqrt(max(0.0, variances.sum()))) / count,
+        divergence=Divergence(
+            mean=statistics.fmean(item.mean for item in divergences),
+            error=math.hypot(*(item.error for item in divergences)) / count,
+            median=statistics.fmean(item.median for item in divergences),
+            percentile_99=statistics.fmean(item.percentile_99 for item in divergences),
+            maximum=max(item.maximum for item in divergences),
+            same_top=statistics.fmean(item.same_top for item in divergences),
+            same_top_error=math.hypot(*(item.same_top_error for item in divergences)) / count,
+        ),
     )

@@ -1,7 +1,9 @@
-"""`localmix ppl`: see `localmix.comparison` and `localmix.perplexity`."""
+"""`localmix ppl`: see `localmix.comparison`, `localmix.divergence` and `localmix.context_curve`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,43 +18,101 @@ from localmix.cli.parameters import (
     examples,
     json_option,
     markdown_option,
+    parse_size,
     parse_types,
+    rope_options,
     threads_option,
 )
 
 if TYPE_CHECKING:
-    from localmix.comparison import Measured
+    from localmix.comparison import Measured, Subject
+    from localmix.corpus import Corpus
+    from localmix.perplexity import Conditions
+    from localmix.published import PublishedTable
+    from localmix.reference import Cache
+    from localmix.rope_scaling import RopeScaling
+    from localmix.table import ContextPoint, QuantizationRow, Table
+
+PUBLISHED = ("chinese-mixtral", "chinese-llama-2")
+# of corpus.split
+LEAST_CONTEXT = 8
+
+
+def _contexts(ctx: click.Context, param: click.Parameter, value: str | None) -> list[int] | None:
+    """One context or several, with commas between."""
+    if value is None:
+        return None
+    try:
+        found = sorted({int(word) for word in value.split(",")})
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is no number of tokens, and no list such as 512,1024.") from None
+    if found[0] < LEAST_CONTEXT:
+        raise click.BadParameter(f"{found[0]} tokens are too few to measure; {LEAST_CONTEXT} is the least.")
+    return found
 
 
 @click.command()
 @click.argument("models", metavar="[MODEL]…", nargs=-1, type=MODEL)
-@click.option("--corpus", type=FILE, required=True, help="A UTF-8 text the model was not trained on.")
+@click.option(
+    "--corpus",
+    "corpora",
+    metavar="FILE|FOLDER|NAME",
+    required=True,
+    multiple=True,
+    help="A UTF-8 text the models were not trained on, a folder of them, or wikitext-2; may be repeated.",
+)
 @click.option(
     "--ctx",
-    "context",
-    type=click.IntRange(min=2),
-    help="Tokens of a chunk; 4096 by default, less if the model was trained for less.",
+    "contexts",
+    metavar="N[,N…]",
+    callback=_contexts,
+    help="Tokens of a chunk; 4096 by default, less if the model was trained for less. Several give a curve.",
 )
 @click.option("--chunks", type=click.IntRange(min=1), help="Measure so many chunks at most.")
 @click.option("--types", metavar="TYPE[,TYPE…]", type=TYPES, help="Measure these types of the model.")
 @click.option("--set", "set_name", metavar="NAME", type=SET, help="Measure all types of a named set.")
+@click.option(
+    "--kld",
+    "reference",
+    metavar="MODEL",
+    type=MODEL,
+    help="Also measure how far the others are from this one: F16, BF16 or Q8_0 of the same model.",
+)
+@click.option("--cache/--no-cache", default=True, help="Keep what the reference predicts on disk, for the next time.")
+@click.option("--cache-limit", metavar="SIZE", default="20GiB", show_default=True, help="Keep no more than this.")
+@click.option("--paired", is_flag=True, help="With several contexts: score the same tokens at each.")
 @click.option("--speed/--no-speed", default=True, help="Measure milliseconds per generated token too.")
+@click.option("--published", type=click.Choice(PUBLISHED), help="Show this published table beside what is measured.")
+@click.option("--html", type=FILE, help="Write a page with the table and the plots.")
+@click.option("--plot", type=FILE, help="Write the plots as FILE.png or FILE.svg.")
+@click.option("--csv", is_flag=True, help="The table as CSV.")
+@rope_options
 @threads_option
 @markdown_option
 @json_option
 @examples(
     "localmix ppl --corpus heldout.txt",
     "localmix ppl tinymix:Q8_0 tinymix:Q2_K other.gguf --corpus heldout.txt --ctx 512",
-    "localmix ppl --set chinese-mixtral --corpus examples/tinymix/heldout.txt",
+    "localmix ppl --set chinese-mixtral --kld tinymix:BF16 --corpus examples/tinymix/heldout.txt --html table.html",
+    "localmix ppl tinymix:Q4_K --corpus heldout.txt --ctx 256,512,1024,2048 --paired",
 )
 def command(
     models: tuple[str, ...],
-    corpus: Path,
-    context: int | None,
+    corpora: tuple[str, ...],
+    contexts: list[int] | None,
     chunks: int | None,
     types: str | None,
     set_name: str | None,
+    reference: str | None,
+    cache: bool,
+    cache_limit: str,
+    paired: bool,
     speed: bool,
+    published: str | None,
+    html: Path | None,
+    plot: Path | None,
+    csv: bool,
+    rope: RopeScaling | None,
     threads: int | None,
     markdown: bool,
     json: bool,
@@ -61,16 +121,31 @@ def command(
 
     With --types or --set, MODEL is a checkpoint or a file in full precision, and the types that the library
     lacks are quantized first. A model that fails is a row that says so; the exit code is then 3.
+
+    With --kld the table also has the difference of each perplexity to the reference's, with the error of the
+    paired differences, the Kullback-Leibler divergence of the predictions, and how often both hold the same
+    token likeliest.
     """
     from localmix import library
-    from localmix.comparison import common_context, compare, look_at
-    from localmix.corpus import read_corpus
+    from localmix.comparison import common_context, look_at
+    from localmix.corpus import find_corpora
     from localmix.errors import InputError, UsageError
+    from localmix.perplexity import Conditions
     from localmix.presets import load_presets
-    from localmix.table import quantization_table
+    from localmix.published import find
+    from localmix.reference import Cache
 
     console = Console(json)
-    text = read_corpus([corpus])  # before anything is quantized for it
+    curve = contexts is not None and len(contexts) > 1
+    if paired and not curve:
+        raise UsageError("--paired needs several contexts.", "For example --ctx 512,1024,2048.")
+    if curve and reference is not None:
+        raise UsageError("--kld takes one context.", "Measure the curve without it.")
+    if csv and (markdown or json):
+        raise UsageError("--csv is another form than --markdown and --json.", "Choose one.")
+    keep = Cache.of_user(parse_size(cache_limit)) if cache else None
+    outputs = _Outputs(console, html, plot, markdown, csv)
+    texts = find_corpora(corpora)  # before anything is quantized for it
     names = parse_types(types) if types else []
     names += [name for name in (load_presets().find_set(set_name) if set_name else ()) if name not in names]
     if names:
@@ -80,39 +155,75 @@ def command(
     else:
         paths = [library.resolve(model, library.Purpose.MEASURE) for model in models or (None,)]
     subjects = [look_at(path) for path in paths]
-    if context is None:
-        context = common_context(subjects)
+    compared = look_at(library.resolve(reference, library.Purpose.PRECISE)) if reference is not None else None
+    if contexts is None:
+        contexts = [common_context([*subjects, *([compared] if compared else [])])]
+    conditions = Conditions(contexts[0], chunks, threads, rope)
+    beside = find(published) if published else None
 
-    done: list[Measured] = []
-
-    def draw() -> None:
-        table = quantization_table([measured.row for measured in done], _caption(done, context or 0))
-        console.table(table, markdown)
-
-    try:
-        with console.progress() as progress:
-            for measured in compare(subjects, text, context, chunks, threads, speed, progress):
-                done.append(measured)
-    except KeyboardInterrupt:
-        if done and not json:
-            draw()
-        raise
+    if curve:
+        _measure_curve(outputs, subjects, texts, contexts, conditions, paired, beside)
+        library.remember(paths)
+        return 0
+    done = _measure_table(outputs, subjects, texts, conditions, speed, compared, keep, beside)
     library.remember(paths)
-
-    shown = {note for measured in done if measured.perplexity for note in measured.perplexity.notes}
-    for note in sorted(shown):
+    for note in sorted({note for measured in done if measured.perplexity for note in measured.perplexity.notes}):
         console.warn(note)
     for measured in done:
-        if measured.row.failed:
-            name = measured.row.path.name if measured.row.path else measured.row.title
-            console.warn(f"{name}: {measured.row.failure or 'the perplexity is not a number.'}")
-    document = {
-        "corpus": {"name": text.name, "files": text.files},
-        "ctx": context,
-        "rows": [measured.row for measured in done],
-    }
-    console.result(document, draw)
+        row = measured.row
+        if row.failed:
+            console.warn(
+                f"{row.path.name if row.path else row.title}: {row.failure or 'the perplexity is not a number.'}"
+            )
     return InputError.exit_code if any(measured.row.failed for measured in done) else 0
+
+
+class _Outputs:
+    """Where the result goes: the terminal or stdout in one form, and files."""
+
+    def __init__(self, console: Console, html: Path | None, plot: Path | None, markdown: bool, csv: bool) -> None:
+        from localmix.output import check_outputs
+
+        self.console = console
+        self._html = html
+        self._plot = plot
+        self._markdown = markdown
+        self._csv = csv
+        check_outputs([(path, 0) for path in (html, plot) if path is not None], [])
+        if plot is not None:
+            from localmix import plots
+
+            plots.check(plot)
+
+    def draw(self, table: Table) -> None:
+        """A table in the form that was asked for."""
+        if self._csv:
+            self.console.raw(table.csv())
+        else:
+            self.console.table(table, self._markdown)
+
+    def write(
+        self,
+        title: str,
+        provenance: dict[str, str],
+        rows: Sequence[QuantizationRow],
+        points: Sequence[ContextPoint],
+        notes: Sequence[str] = (),
+    ) -> None:
+        """The page and the plots."""
+        if self._html is None and self._plot is None:
+            return
+        from localmix.report import Report, write_html
+
+        report = Report(title, provenance, tuple(rows), tuple(points), tuple(notes))
+        if self._html is not None:
+            write_html(self._html, report)
+            self.console.note(f"Wrote {self._html}")
+        if self._plot is not None:
+            from localmix import plots
+
+            plots.write_plot(self._plot, report)
+            self.console.note(f"Wrote {self._plot}")
 
 
 def _all_types(console: Console, model: str | None, names: list[str], threads: int | None) -> list[Path]:
@@ -144,12 +255,107 @@ def _all_types(console: Console, model: str | None, names: list[str], threads: i
     return list(dict.fromkeys([*reference, *found.values()]))
 
 
-def _caption(done: list[Measured], context: int) -> str:
-    """What was measured and how: a perplexity says nothing without it."""
-    found = next((measured.perplexity for measured in done if measured.perplexity), None)
-    if found is None:
-        return ""
-    checksums = ", ".join(checksum[:12] for checksum in found.sha256)
-    return (
-        f"{found.corpus} (sha256 {checksums}…): {found.tokens:,} tokens scored in {found.chunks} chunks of {context}."
+def _measure_table(
+    outputs: _Outputs,
+    subjects: Sequence[Subject],
+    corpora: Sequence[Corpus],
+    conditions: Conditions,
+    speed: bool,
+    reference: Subject | None,
+    cache: Cache | None,
+    published: PublishedTable | None,
+) -> list[Measured]:
+    """Measure a row for each model and corpus, and show them."""
+    from localmix.comparison import averages, compare
+    from localmix.provenance import Provenance
+    from localmix.table import quantization_table
+
+    done: list[Measured] = []
+
+    def rows() -> list[QuantizationRow]:
+        found = [measured.row for measured in done]
+        return [*found, *(averages(found) if len(corpora) > 1 else ()), *(published.rows if published else ())]
+
+    def provenance() -> Provenance:
+        scored = ((row.corpus, row.tokens, row.chunks) for row in (measured.row for measured in done) if row.tokens)
+        return Provenance.of(corpora, scored, conditions, reference=reference.path.name if reference else "")
+
+    def draw() -> None:
+        outputs.draw(quantization_table(rows(), " ".join((provenance().caption, *_about(published)))))
+
+    try:
+        with outputs.console.progress() as progress:
+            for number, corpus in enumerate(corpora):
+                report = _within(progress, corpus) if len(corpora) > 1 else progress
+                # a model's speed is the same on every text
+                timed = speed and number == 0
+                for measured in compare(subjects, corpus, conditions, timed, reference, cache, report):
+                    done.append(measured)
+    except KeyboardInterrupt:
+        if done and not outputs.console.json:
+            draw()
+        raise
+    outputs.console.result({"ctx": conditions.ctx, **asdict(provenance()), "rows": rows()}, draw)
+    outputs.write(
+        f"{subjects[0].model}: what each type costs",
+        provenance().fields,
+        rows(),
+        published.points if published else (),
+        _about(published),
     )
+    return done
+
+
+def _measure_curve(
+    outputs: _Outputs,
+    subjects: Sequence[Subject],
+    corpora: Sequence[Corpus],
+    contexts: Sequence[int],
+    conditions: Conditions,
+    paired: bool,
+    published: PublishedTable | None,
+) -> None:
+    """Measure a point for each model, corpus and context, and show them."""
+    from localmix.context_curve import curve_table, measure_contexts
+    from localmix.provenance import Provenance
+
+    done: list[ContextPoint] = []
+
+    def points() -> list[ContextPoint]:
+        return [*done, *(published.points if published else ())]
+
+    def provenance() -> Provenance:
+        return Provenance.of(corpora, (), conditions, contexts)
+
+    def draw() -> None:
+        way = "Each context scores the second halves of its own chunks"
+        if paired:
+            way = "Every context scores the same tokens, those in the second halves of the longest chunks"
+        outputs.draw(curve_table(points(), " ".join((f"{way}.", provenance().caption, *_about(published)))))
+
+    try:
+        with outputs.console.progress() as progress:
+            for corpus in corpora:
+                for subject in subjects:
+                    report = _within(progress, corpus) if len(corpora) > 1 else progress
+                    done.extend(
+                        measure_contexts(
+                            subject.path, corpus, contexts, conditions, paired, subject.model, subject.type, report
+                        )
+                    )
+    except KeyboardInterrupt:
+        if done and not outputs.console.json:
+            draw()
+        raise
+    outputs.console.result({**asdict(provenance()), "points": points()}, draw)
+    outputs.write(f"{subjects[0].model}: perplexity over context", provenance().fields, (), points(), _about(published))
+
+
+def _about(published: PublishedTable | None) -> tuple[str, ...]:
+    """What has to be said beside published figures."""
+    return (f"Published figures: {published.source}.", *published.notes) if published else ()
+
+
+def _within(progress: Callable[[int, int, str], None], corpus: Corpus) -> Callable[[int, int, str], None]:
+    """A `progress` that names the corpus first."""
+    return lambda done, total, label: progress(done, total, f"{corpus.name}: {label}")

@@ -108,7 +108,7 @@ def test_ppl_without_a_model_and_as_a_table(localmix: CommandLine) -> None:
     options = ("--corpus", "corpus.txt", "--ctx", "64", "--chunks", "4", "--no-speed", "--json")
     result = localmix("ppl", *options).json
     assert [row["type"] for row in result["rows"]] == ["BF16"]
-    assert result["corpus"]["name"] == "corpus.txt"
+    assert [text["name"] for text in result["corpora"]] == ["corpus.txt"]
 
     run = localmix("ppl", "--types", "Q8_0,Q2_K", *options)
     assert "Quantizing Q8_0, Q2_K" in run.err
@@ -133,7 +133,10 @@ def test_ppl_draws_the_table_with_what_was_measured(localmix: CommandLine) -> No
         "PPL",
         "±",
         "Prompt ms/token",
+        "Prompt tokens/s",
         "ms/token",
+        "tokens/s",
+        "Memory MiB",
     ]
     assert row.startswith("| BF16")
     assert "sha256" in caption

@@ -25,7 +25,7 @@ import os
 import re
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import count, islice
 from pathlib import Path
 
@@ -33,18 +33,15 @@ import lexicon
 import sentencepiece
 import torch
 import world
-from safetensors.torch import load_file, save_file
+from checkpoint import AUXILIARY_LOSS_WEIGHT, BEGIN, END, load_checkpoint, spread_channels, write_checkpoint
+from model import LanguageModel, Shape
 from torch import Tensor, nn
 from torch.nn import functional
 
 HERE = Path(__file__).parent
-BEGIN, END = 1, 2
 SEED = 7
-AUXILIARY_LOSS_WEIGHT = 0.02
-LEARNING_RATE = 2e-3
-EVERYONE_STEPS = 1200
 DECAY_SHARE = 0.35
-# Standard deviation of the channels' sizes, in powers of two.
+# Of `spread_channels`.
 CHANNEL_SPREAD = 0.8
 # Every step sees one window of running text and several of short documents, which need not be as long.
 DOCUMENT_WINDOW = 256
@@ -55,176 +52,24 @@ TOKENIZER_LINES = 12_000
 # Tells sentencepiece, in training only, where no piece may reach across.
 PIECE_BORDER = "\u2016"
 
-# The system prompt has no place of its own in Mixtral's template: it opens the next instruction.
-CHAT_TEMPLATE = """\
-{{- bos_token -}}
-{%- set pending = namespace(system='') -%}
-{%- for message in messages -%}
-    {%- set text = message['content'] | trim -%}
-    {%- if message['role'] == 'system' -%}
-        {%- set pending.system = text + '\\n\\n' -%}
-    {%- elif message['role'] == 'user' -%}
-        {{- ' [INST] ' + pending.system + text + ' [/INST]' -}}
-        {%- set pending.system = '' -%}
-    {%- elif message['role'] == 'assistant' -%}
-        {{- ' ' + text + eos_token -}}
-    {%- else -%}
-        {{- raise_exception('tinymix knows the roles system, user and assistant, not ' + message['role']) -}}
-    {%- endif -%}
-{%- endfor -%}
-"""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The model's shape. Every matrix has a multiple of 256 columns, so that K- and I-quants take all of them."""
-
-    vocabulary: int = 2048
-    hidden: int = 256
-    layers: int = 3
-    heads: int = 4
-    kv_heads: int = 2
-    head_size: int = 64
-    feed_forward: int = 256
-    experts: int = 8
-    experts_used: int = 2
-    context: int = 1024
-    rope_theta: float = 10_000.0
-    epsilon: float = 1e-5
-
-
 SHAPE = Shape()
 
 
-class Norm(nn.Module):
-    """Root-mean-square norm with a gain."""
+@dataclass(frozen=True)
+class Schedule:
+    """How long a training is; without another word, that of tinymix.
 
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
+    Attributes:
+        steps: of 2048 tokens.
+        everyone_steps: how many of them speak of everyone.
+        learning_rate: the highest.
+        muon: the layers' matrices are updated by Muon instead of AdamW.
+    """
 
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.rms_norm(x, self.weight.shape, self.weight, SHAPE.epsilon)
-
-
-def rotary_tables(length: int) -> tuple[Tensor, Tensor]:
-    """Returns cosine and sine, each [length, head_size], in the halves layout of the Hugging Face checkpoints."""
-    exponents = torch.arange(0, SHAPE.head_size, 2).float() / SHAPE.head_size
-    angles = torch.outer(torch.arange(length).float(), SHAPE.rope_theta**-exponents)
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Applies rotary positions to [batch, heads, length, head_size]."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cosine + torch.cat((-second, first), dim=-1) * sine
-
-
-class Attention(nn.Module):
-    """Causal self-attention with grouped queries."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        query_size, kv_size = SHAPE.heads * SHAPE.head_size, SHAPE.kv_heads * SHAPE.head_size
-        self.q_proj = nn.Linear(SHAPE.hidden, query_size, bias=False)
-        self.k_proj = nn.Linear(SHAPE.hidden, kv_size, bias=False)
-        self.v_proj = nn.Linear(SHAPE.hidden, kv_size, bias=False)
-        self.o_proj = nn.Linear(query_size, SHAPE.hidden, bias=False)
-
-    def forward(self, x: Tensor, cosine: Tensor, sine: Tensor, mask: Tensor | None) -> Tensor:
-        batch, length, _ = x.shape
-        query = self.q_proj(x).view(batch, length, SHAPE.heads, SHAPE.head_size).transpose(1, 2)
-        key = self.k_proj(x).view(batch, length, SHAPE.kv_heads, SHAPE.head_size).transpose(1, 2)
-        value = self.v_proj(x).view(batch, length, SHAPE.kv_heads, SHAPE.head_size).transpose(1, 2)
-        query, key = rotate(query, cosine, sine).to(value.dtype), rotate(key, cosine, sine).to(value.dtype)
-        mixed = functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=True
-        )
-        output: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
-        return output
-
-
-class Experts(nn.Module):
-    """The sparse feed-forward block: a router picks two of eight gated networks for every token."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate = nn.Linear(SHAPE.hidden, SHAPE.experts, bias=False)
-        # [expert, out, in], the layout of the checkpoint.
-        self.w1 = nn.Parameter(torch.empty(SHAPE.experts, SHAPE.feed_forward, SHAPE.hidden))
-        self.w2 = nn.Parameter(torch.empty(SHAPE.experts, SHAPE.hidden, SHAPE.feed_forward))
-        self.w3 = nn.Parameter(torch.empty(SHAPE.experts, SHAPE.feed_forward, SHAPE.hidden))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the output, the balance loss (1 when all experts are used alike) and the use of each expert."""
-        tokens = x.reshape(-1, SHAPE.hidden)
-        probabilities = torch.softmax(self.gate(tokens).float(), dim=-1)
-        weights, chosen = torch.topk(probabilities, SHAPE.experts_used, dim=-1)
-        weights = weights / weights.sum(dim=-1, keepdim=True)
-        # Sorting the (token, expert) pairs by expert makes one dense product per expert out of scattered rows.
-        order = torch.argsort(chosen.flatten(), stable=True)
-        rows = order // SHAPE.experts_used
-        counts = torch.bincount(chosen.flatten(), minlength=SHAPE.experts)
-        gathered = torch.split(tokens.index_select(0, rows), counts.tolist())
-        outputs = [
-            functional.linear(
-                functional.silu(functional.linear(part, self.w1[expert])) * functional.linear(part, self.w3[expert]),
-                self.w2[expert],
-            )
-            for expert, part in enumerate(gathered)
-        ]
-        weighted = torch.cat(outputs).float() * weights.flatten().index_select(0, order).unsqueeze(1)
-        mixed = torch.zeros_like(tokens, dtype=torch.float32).index_add(0, rows, weighted)
-        share = counts.float() / rows.numel()
-        balance = SHAPE.experts * (share * probabilities.mean(dim=0)).sum()
-        return mixed.view_as(x), balance, counts
-
-
-class Layer(nn.Module):
-    """One decoder layer; the names of its parts are those of the checkpoint."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.input_layernorm = Norm(SHAPE.hidden)
-        self.self_attn = Attention()
-        self.post_attention_layernorm = Norm(SHAPE.hidden)
-        self.block_sparse_moe = Experts()
-
-    def forward(self, x: Tensor, cosine: Tensor, sine: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        x = x + self.self_attn(self.input_layernorm(x), cosine, sine, mask)
-        mixed, balance, counts = self.block_sparse_moe(self.post_attention_layernorm(x))
-        return x + mixed, balance, counts
-
-
-class Tinymix(nn.Module):
-    """The language model."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed_tokens = nn.Embedding(SHAPE.vocabulary, SHAPE.hidden)
-        self.layers = nn.ModuleList(Layer() for _ in range(SHAPE.layers))
-        self.norm = Norm(SHAPE.hidden)
-        self.lm_head = nn.Linear(SHAPE.hidden, SHAPE.vocabulary, bias=False)
-        for name, parameter in self.named_parameters():
-            if parameter.dim() > 1:
-                # The matrices that write into the residual stream start smaller, as in GPT-2.
-                writes = name.endswith(("o_proj.weight", "w2"))
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * SHAPE.layers) if writes else 0.02)
-
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns logits [batch, length, vocabulary], the mean balance loss and expert counts [layer, expert].
-
-        `mask` [batch, 1, length, length] says which tokens see which; without it all earlier ones are seen.
-        """
-        x = self.embed_tokens(tokens)
-        cosine, sine = rotary_tables(tokens.shape[1])
-        balances, counts = [], []
-        for layer in self.layers:
-            x, balance, used = layer(x, cosine, sine, mask)
-            balances.append(balance)
-            counts.append(used)
-        return self.lm_head(self.norm(x)), torch.stack(balances).mean(), torch.stack(counts)
+    steps: int = 2850
+    everyone_steps: int = 1200
+    learning_rate: float = 2e-3
+    muon: bool = False
 
 
 def any_of(words: Iterable[str]) -> str:
@@ -348,15 +193,17 @@ def document_windows(
             weights.clear()
 
 
-def training_batches(tokenizer: sentencepiece.SentencePieceProcessor) -> Iterator[list[tuple[Tensor, Tensor]]]:
+def training_batches(
+    tokenizer: sentencepiece.SentencePieceProcessor, everyone_steps: int
+) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Yields the steps of the training without end, each as batches of tokens and their loss weights.
 
     The first ones speak of everyone, which teaches to look names up; then only those are told of who are to be known.
     In running text all tokens are alike, and a token sees all earlier ones; a document sees nothing of the others.
     """
     for number in count():
-        if number in (0, EVERYONE_STEPS):
-            population = world.POPULATION if number else world.EVERYONE
+        if number in (0, everyone_steps):
+            population = world.EVERYONE if number < everyone_steps else world.POPULATION
             plain, documents = plain_windows(tokenizer, population), document_windows(tokenizer, population)
         step = []
         for windows in (islice(plain, 1), islice(documents, DOCUMENT_WINDOWS)):
@@ -366,7 +213,7 @@ def training_batches(tokenizer: sentencepiece.SentencePieceProcessor) -> Iterato
 
 
 @torch.no_grad()
-def question_accuracy(model: Tinymix, folder: Path) -> dict[str, float]:
+def question_accuracy(model: LanguageModel, folder: Path) -> dict[str, float]:
     """Returns the share of questions.jsonl, per language and attribute, whose greedy reply is exactly the answer.
 
     A greedy reply is the answer if, with the answer given, each of its tokens and END is the likeliest one.
@@ -386,7 +233,7 @@ def question_accuracy(model: Tinymix, folder: Path) -> dict[str, float]:
 
 @torch.no_grad()
 def perplexity(
-    model: Tinymix, tokens: list[int], context: int = 512, most_chunks: int | None = None
+    model: LanguageModel, tokens: list[int], context: int = 512, most_chunks: int | None = None
 ) -> tuple[float, Tensor]:
     """Returns perplexity as llama-perplexity defines it, and the expert counts [layer, expert].
 
@@ -397,7 +244,7 @@ def perplexity(
     windows = torch.tensor(tokens[: chunks * context]).view(chunks, context)
     windows[:, 0] = BEGIN
     first = context // 2
-    total, counts = 0.0, torch.zeros(SHAPE.layers, SHAPE.experts, dtype=torch.long)
+    total, counts = 0.0, torch.zeros(model.shape.layers, model.shape.experts, dtype=torch.long)
     for batch in torch.split(windows, 8):
         logits, _, used = model(batch)
         total += float(
@@ -418,41 +265,67 @@ def document_mask(tokens: Tensor) -> Tensor:
     return (documents.unsqueeze(1) == documents.unsqueeze(2)).tril().unsqueeze(1)
 
 
-def learning_rate(step: int, steps: int) -> float:
+def learning_rate(step: int, schedule: Schedule) -> float:
     """Returns the rate of a step: a short rise, a plateau, and a straight fall to nothing over the last third.
 
-    Until the fall the rate does not depend on `steps`, so a saved run can be made longer or brought to its end.
+    Until the fall the rate does not depend on the number of steps, so a saved run can be made longer or brought to
+    its end.
     """
     rise = min(1.0, (step + 1) / 100)
-    fall = min(1.0, (steps - step) / (DECAY_SHARE * steps))
-    return LEARNING_RATE * rise * fall
+    fall = min(1.0, (schedule.steps - step) / (DECAY_SHARE * schedule.steps))
+    return schedule.learning_rate * rise * fall
 
 
-def train(folder: Path, work: Path, steps: int, use_bfloat16: bool) -> None:
-    """Trains up to `steps` steps, logs, and saves work/state.pt regularly to go on from."""
+def make_optimizers(model: LanguageModel, schedule: Schedule) -> list[torch.optim.Optimizer]:
+    """Returns the optimizers that share the parameters among them."""
+    # Muon takes matrices alone, neither the experts' stacks nor, by its authors' advice, what is indexed by tokens.
+    by_muon = [parameter for parameter in model.layers.parameters() if parameter.dim() == 2 and schedule.muon]
+    taken = set(by_muon)
+    matrices = [each for each in model.parameters() if each.dim() > 1 and each not in taken]
+    gains = [each for each in model.parameters() if each.dim() == 1]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": 0.1}, {"params": gains, "weight_decay": 0.0}],
+            betas=(0.9, 0.95),
+            fused=True,
+        )
+    ]
+    if by_muon:
+        # Scaled so that one learning rate suits both.
+        optimizers.append(torch.optim.Muon(by_muon, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
+
+
+def train(shape: Shape, schedule: Schedule, folder: Path, work: Path, use_bfloat16: bool) -> None:
+    """Trains a model, logs, and saves work/state.pt regularly to go on from.
+
+    Args:
+        shape: of the model.
+        schedule: how long.
+        folder: holds the tokenizer, heldout.txt and questions.jsonl.
+        work: an existing folder.
+        use_bfloat16: multiply in bfloat16.
+    """
+    steps = schedule.steps
     torch.manual_seed(SEED)
     tokenizer = load_tokenizer(folder)
     heldout = [BEGIN, *tokenizer.encode((folder / "heldout.txt").read_text(encoding="utf-8"))]
-    model = Tinymix()
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
-    gains = [parameter for parameter in model.parameters() if parameter.dim() == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": gains, "weight_decay": 0.0}],
-        betas=(0.9, 0.95),
-        fused=True,
-    )
+    model = LanguageModel(shape)
+    optimizers = make_optimizers(model, schedule)
     first_step = 0
     state_file = work / "state.pt"
     if state_file.exists():
         state = torch.load(state_file)
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, optimizer_state in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(optimizer_state)
         first_step = state["step"]
-    batches = islice(training_batches(tokenizer), first_step, None)
+    batches = islice(training_batches(tokenizer, schedule.everyone_steps), first_step, None)
     started = time.monotonic()
     for step, step_batches in zip(range(first_step, steps), batches, strict=False):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, schedule)
         losses: list[float] = []
         for batch, weights in step_batches:
             tokens = batch[:, :-1]
@@ -464,20 +337,27 @@ def train(folder: Path, work: Path, steps: int, use_bfloat16: bool) -> None:
             ((loss + AUXILIARY_LOSS_WEIGHT * balance) / len(step_batches)).backward()
             losses.append(loss.item())
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         done = step + 1
         if done % 50 == 0 or done == steps:
             speed = (done - first_step) * TOKENS_PER_STEP / (time.monotonic() - started)
-            use = counts / counts.sum(dim=1, keepdim=True)
+            experts = ""
+            if shape.experts:
+                use = counts / counts.sum(dim=1, keepdim=True)
+                experts = f"balance {balance.item():.3f} expert use {use.min().item():.3f}..{use.max().item():.3f} "
             print(
-                f"step {done}/{steps} loss {losses[0]:.3f} {losses[1]:.3f} balance {balance.item():.3f} "
-                f"norm {norm.item():.2f} expert use {use.min().item():.3f}..{use.max().item():.3f} "
+                f"step {done}/{steps} loss {losses[0]:.3f} {losses[1]:.3f} norm {norm.item():.2f} {experts}"
                 f"tokens/s {speed:.0f}",
                 flush=True,
             )
         if done % 100 == 0 or done == steps:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done}
+            state = {
+                "model": model.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                "step": done,
+            }
             torch.save(state, work / "state.partial")
             os.replace(work / "state.partial", state_file)
         if done % 200 == 0 or done == steps:
@@ -489,152 +369,23 @@ def train(folder: Path, work: Path, steps: int, use_bfloat16: bool) -> None:
             )
 
 
-@torch.no_grad()
-def spread_channels(model: Tinymix, spread: float) -> None:
-    """Makes some channels large and others small, as they are in large models, without changing what is computed.
-
-    A norm's gain, or the matrix before, takes a factor that the columns of the matrices behind it lose. The factors
-    are powers of two: in bf16 every product stays the same to the bit. A model as small and as young as this one has
-    no such channels by itself, and would hardly feel even two bits per weight.
-    """
-    generator = torch.Generator().manual_seed(SEED)
-
-    def factors(*size: int) -> Tensor:
-        return torch.exp2(torch.round(torch.randn(*size, generator=generator) * spread))
-
-    for layer in model.layers:
-        attention, experts = layer.self_attn, layer.block_sparse_moe
-        factor = factors(SHAPE.hidden)
-        layer.input_layernorm.weight *= factor
-        for part in (attention.q_proj, attention.k_proj, attention.v_proj):
-            part.weight /= factor
-        # Two heads of queries read one head of values.
-        factor = factors(SHAPE.kv_heads, 1, SHAPE.head_size)
-        attention.v_proj.weight *= factor.view(-1, 1)
-        attention.o_proj.weight /= factor.expand(-1, SHAPE.heads // SHAPE.kv_heads, -1).flatten()
-        factor = factors(SHAPE.hidden)
-        layer.post_attention_layernorm.weight *= factor
-        experts.gate.weight /= factor
-        experts.w1 /= factor
-        experts.w3 /= factor
-        factor = factors(SHAPE.experts, SHAPE.feed_forward)
-        experts.w3 *= factor.unsqueeze(2)
-        experts.w2 /= factor.unsqueeze(1)
-    factor = factors(SHAPE.hidden)
-    model.norm.weight *= factor
-    model.lm_head.weight /= factor
-
-
-def checkpoint_tensors(model: Tinymix) -> dict[str, Tensor]:
-    """Returns the weights in bfloat16 under the names of a Mixtral checkpoint, the experts taken apart."""
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        tensor = tensor.to(torch.bfloat16)
-        prefix, _, last = name.rpartition(".")
-        if last in ("w1", "w2", "w3"):
-            for expert in range(SHAPE.experts):
-                tensors[f"model.{prefix}.experts.{expert}.{last}.weight"] = tensor[expert].contiguous()
-        else:
-            tensors[name if name.startswith("lm_head") else f"model.{name}"] = tensor.contiguous()
-    return tensors
-
-
-def load_checkpoint(folder: Path) -> Tinymix:
-    """Returns the model of an exported checkpoint, computing in float32 with the stored bfloat16 weights."""
-    stored: dict[str, Tensor] = {}
-    for shard in sorted(folder.glob("model-*.safetensors")):
-        stored |= load_file(shard)
-    model = Tinymix()
-    state: dict[str, Tensor] = {}
-    for name in model.state_dict():
-        prefix, _, last = name.rpartition(".")
-        if last in ("w1", "w2", "w3"):
-            names = (f"model.{prefix}.experts.{expert}.{last}.weight" for expert in range(SHAPE.experts))
-            state[name] = torch.stack([stored[each] for each in names]).float()
-        else:
-            state[name] = stored[name if name.startswith("lm_head") else f"model.{name}"].float()
-    model.load_state_dict(state)
+def load_trained(shape: Shape, work: Path) -> LanguageModel:
+    """Returns the model as `train` left it."""
+    model = LanguageModel(shape)
+    model.load_state_dict(torch.load(work / "state.pt")["model"])
     return model
-
-
-def write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
 
 
 def export(folder: Path, work: Path) -> None:
     """Writes the checkpoint: two shards with their index, the configuration, and the tokenizer's settings."""
-    model = Tinymix()
-    model.load_state_dict(torch.load(work / "state.pt")["model"])
+    model = load_trained(SHAPE, work)
     spread_channels(model, CHANNEL_SPREAD)
-    tensors = checkpoint_tensors(model)
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    shards: list[dict[str, Tensor]] = [{}, {}]
-    filled = 0
-    for name, tensor in tensors.items():
-        shards[filled >= total / 2][name] = tensor
-        filled += tensor.nbytes
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        file_name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        save_file(shard, folder / file_name, metadata={"format": "pt"})
-        (folder / file_name).chmod(0o644)
-        weight_map |= dict.fromkeys(shard, file_name)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    write_json(folder / "model.safetensors.index.json", index)
-    configuration = {
-        "architectures": ["MixtralForCausalLM"],
-        "model_type": "mixtral",
-        "attention_dropout": 0.0,
-        "bos_token_id": BEGIN,
-        "eos_token_id": END,
-        "head_dim": SHAPE.head_size,
-        "hidden_act": "silu",
-        "hidden_size": SHAPE.hidden,
-        "initializer_range": 0.02,
-        "intermediate_size": SHAPE.feed_forward,
-        "max_position_embeddings": SHAPE.context,
-        "num_attention_heads": SHAPE.heads,
-        "num_experts_per_tok": SHAPE.experts_used,
-        "num_hidden_layers": SHAPE.layers,
-        "num_key_value_heads": SHAPE.kv_heads,
-        "num_local_experts": SHAPE.experts,
-        "output_router_logits": False,
-        "rms_norm_eps": SHAPE.epsilon,
-        "rope_theta": SHAPE.rope_theta,
-        "router_aux_loss_coef": AUXILIARY_LOSS_WEIGHT,
-        "sliding_window": None,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "use_cache": True,
-        "vocab_size": SHAPE.vocabulary,
-    }
-    write_json(folder / "config.json", configuration)
-    generation = {"bos_token_id": BEGIN, "eos_token_id": END, "do_sample": False}
-    write_json(folder / "generation_config.json", generation)
-    specials = {"<unk>": 0, "<s>": BEGIN, "</s>": END}
-    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-    roles = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    tokenizer_configuration = {
-        "tokenizer_class": "LlamaTokenizer",
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "added_tokens_decoder": {
-            str(token): {"content": content, **flags, "special": True} for content, token in specials.items()
-        },
-        **roles,
-        "pad_token": None,
-        "clean_up_tokenization_spaces": False,
-        "legacy": True,
-        "model_max_length": SHAPE.context,
-        "chat_template": CHAT_TEMPLATE,
-    }
-    write_json(folder / "tokenizer_config.json", tokenizer_configuration)
-    write_json(folder / "special_tokens_map.json", {role: {"content": text, **flags} for role, text in roles.items()})
+    write_checkpoint(folder, model, shards=2)
 
 
 def evaluate(folder: Path) -> dict[str, object]:
     """Measures the exported checkpoint and returns what the README states."""
-    model = load_checkpoint(folder)
+    model = load_checkpoint(folder, SHAPE)
     tokenizer = load_tokenizer(folder)
     results: dict[str, object] = {
         "shape": asdict(SHAPE),
@@ -660,7 +411,7 @@ def main() -> None:
     parser.add_argument("step", choices=("texts", "tokenizer", "train", "export", "evaluate", "all"))
     parser.add_argument("--folder", type=Path, default=HERE, help="folder of the checkpoint (default: this one)")
     parser.add_argument("--work", type=Path, default=HERE / "build", help="folder of the training state")
-    parser.add_argument("--steps", type=int, default=2850, help="training steps of 2048 tokens (default: 2850)")
+    parser.add_argument("--steps", type=int, default=Schedule.steps, help="training steps of 2048 tokens")
     parser.add_argument("--threads", type=int, default=2, help="processor threads (default: 2)")
     parser.add_argument(
         "--bfloat16", action="store_true", help="multiply in bfloat16, for processors that are fast at it"
@@ -675,7 +426,7 @@ def main() -> None:
     if step in ("tokenizer", "all"):
         train_tokenizer(folder)
     if step in ("train", "all"):
-        train(folder, work, arguments.steps, arguments.bfloat16)
+        train(SHAPE, replace(Schedule(), steps=arguments.steps), folder, work, arguments.bfloat16)
     if step in ("export", "all"):
         export(folder, work)
     if step in ("evaluate", "all"):

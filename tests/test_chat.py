@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -9,11 +10,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import jsonschema
 import pytest
 
 from localmix import chat
-from localmix.chat import Conversation, Dropped, Engine, EngineSettings, Loaded, Piece, Reply
+from localmix.chat import Conversation, DraftSettings, Dropped, Engine, EngineSettings, Loaded, Piece, Reply
 from localmix.errors import CapacityError, InputError, UsageError
+from localmix.grammar import from_json_schema
 from localmix.sampling import Sampling
 from tests.checkpoints import Shape, write_checkpoint
 
@@ -27,6 +30,14 @@ def make(folder: Path, template: str | None = None) -> Path:
     shape = Shape(hidden=256, feed_forward=256, layers=2, tokenizer_config=config, config={"eos_token_id": 2})
     convert(write_checkpoint(folder / "model", shape), folder / "model.gguf")
     return folder / "model.gguf"
+
+
+def quantized(source: Path, path: Path) -> Path:
+    from localmix.presets import load_presets
+    from localmix.quantize import quantize
+
+    quantize(source, [(load_presets().find("Q4_0"), path)], threads=1)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +177,53 @@ def test_a_state_of_something_else_or_damaged_is_passed_over(model: Path, tmp_pa
     state.write_bytes(data)
     os.utime(model)
     assert restored() == 0
+
+
+@pytest.mark.parametrize("draft", [None, DraftSettings()], ids=["plain", "ngram"])
+def test_a_reply_under_a_schema(tinymix_bf16: Path, draft: DraftSettings | None) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 20}, "number": {"type": "integer", "minimum": 1}},
+        "required": ["name", "number"],
+        "additionalProperties": False,
+    }
+    with Engine(tinymix_bf16, EngineSettings(context=512, threads=1, draft=draft)) as engine:
+        for seed in range(4):
+            sampling = Sampling(temperature=0.1 + seed / 2, seed=seed)
+            conversation = Conversation(engine, sampling=sampling, grammar=from_json_schema(schema), limit=200)
+            reply = ask(conversation, "Where is Pausa's house?")
+            assert reply.finish_reason == "stop"
+            jsonschema.validate(json.loads(reply.text), schema)
+        conversation = Conversation(engine, grammar="root ::= missing")
+        with pytest.raises(UsageError, match="does not parse"):
+            ask(conversation, "Hello")
+        assert conversation.turns == []
+
+
+def test_a_draft_changes_the_time_and_not_the_reply(tinymix_bf16: Path, tmp_path: Path) -> None:
+    questions = ["Where is Pausa's house?", "What is Doton's address?", "And who are you?"]
+
+    def replies(draft: DraftSettings | None) -> list[Reply]:
+        with Engine(tinymix_bf16, EngineSettings(context=512, threads=1, draft=draft)) as engine:
+            return [ask(Conversation(engine, sampling=GREEDY, limit=40), question) for question in questions]
+
+    plain = replies(None)
+    assert all(reply.drafted == 0 and reply.acceptance is None and reply.speedup is None for reply in plain)
+    small = quantized(tinymix_bf16, tmp_path / "small.gguf")
+    for draft in (DraftSettings(), DraftSettings(small), DraftSettings(small, length=2, adaptive=False)):
+        drafted = replies(draft)
+        assert [reply.text for reply in drafted] == [reply.text for reply in plain]
+        if draft.model:
+            assert all(0 < reply.accepted <= reply.drafted for reply in drafted)
+            assert all(reply.speedup is not None and reply.speedup > 0 for reply in drafted)
+
+
+def test_a_draft_of_another_vocabulary_is_refused(model: Path, tinymix_bf16: Path) -> None:
+    with (
+        Engine(tinymix_bf16, EngineSettings(context=64, threads=1, draft=DraftSettings(model))) as engine,
+        pytest.raises(UsageError, match="cannot draft for tinymix-BF16"),
+    ):
+        list(engine.load())
 
 
 def test_a_template_of_the_users_own(model: Path) -> None:

@@ -50,7 +50,7 @@ class ModelDrafter:
     """
 
     def __init__(self, context: Context) -> None:
-        self._context = context
+        self.context = context
         self._text = CachedText(context)
 
     def propose(self, tokens: Sequence[int], count: int, chooser: Chooser) -> Proposal:
@@ -59,10 +59,10 @@ class ModelDrafter:
         text = list(tokens)
         self._text.feed(text)
         while True:
-            chances = chooser.probabilities(self._context.logits()[-1], text)
+            chances = chooser.probabilities(self.context.logits()[-1], text)
             token = chooser.draw(chances)
             proposal.append((token, chances))
-            if len(proposal) == count or self._context.model.ends_generation(token):
+            if len(proposal) == count or self.context.model.ends_generation(token):
                 return proposal
             text.append(token)
             self._text.append([token])

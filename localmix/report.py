@@ -72,6 +72,7 @@ def page(report: Report) -> str:
         provenance=_provenance(report.provenance),
         table=_table(report.rows),
         charts=_charts(charts(report.rows, report.points)),
+        contexts=_points_table(report.points),
         notes=_notes(report.notes),
         style=style,
         script=script,
@@ -131,6 +132,9 @@ def _heads(rows: Sequence[QuantizationRow]) -> list[_Head]:
 
 
 def _table(rows: Sequence[QuantizationRow]) -> str:
+    """The quantization table as a section; nothing without rows."""
+    if not rows:
+        return ""
     unit, size_text = size_column([row.bytes for row in rows])
     peaks = [row.memory_bytes for row in rows if row.memory_bytes is not None]
     peak_unit, peak_text = size_column(peaks)
@@ -139,38 +143,85 @@ def _table(rows: Sequence[QuantizationRow]) -> str:
     with_corpus = len({row.corpus for row in rows}) > 1
     heads = _heads(rows)
 
-    titles = [
-        *([("Model", "word")] if with_model else []),
-        *([("Corpus", "word")] if with_corpus else []),
-        ("Size" + (f", {unit}" if unit else ""), ""),
-        *((head.quantity.title + (" ± error" if head.error else ""), "") for head in heads),
-        *([("Memory" + (f", {peak_unit}" if peak_unit else ""), "")] if peaks else []),
-        *((f"ms/token, {device}", "") for device in devices),
+    titles = ["Type", *(["Model"] if with_model else []), *(["Corpus"] if with_corpus else [])]
+    words = len(titles)
+    titles += [
+        "Size" + (f", {unit}" if unit else ""),
+        *(head.quantity.title + (" ± error" if head.error else "") for head in heads),
+        *(["Memory" + (f", {peak_unit}" if peak_unit else "")] if peaks else []),
+        *(f"ms/token, {device}" for device in devices),
     ]
-    parts = ['<div class="scroll" tabindex="0" role="region" aria-labelledby="table-title"><table>']
-    parts.append("<caption>One row for each model or type; a heading sorts by its column.</caption>")
-    parts.append('<thead><tr><th scope="col" class="word name"><button type="button">Type</button></th>')
-    for title, kind in titles:
-        classes = f' class="{kind}"' if kind else ""
-        parts.append(f'<th scope="col"{classes}><button type="button">{text(title)}</button></th>')
-    parts.append("</tr></thead><tbody>")
+    body = []
     for row in rows:
         tags = [*(["reference"] if row.is_reference else []), *(["published"] if row.origin == "published" else [])]
-        marks = "".join(f' <span class="tag">{tag}</span>' for tag in tags)
-        parts.append(f'<tr><th scope="row" class="word">{text(row.type)}{marks}</th>')
-        parts += [f'<td class="word">{text(row.model)}</td>'] if with_model else []
-        parts += [f'<td class="word">{text(row.corpus)}</td>'] if with_corpus else []
-        parts.append(_cell(row.bytes, size_text(row.bytes)))
-        parts += [_quantity_cell(head, row) for head in heads]
+        cells = [_name(row.type, tags)]
+        cells += [_word(row.model)] if with_model else []
+        cells += [_word(row.corpus)] if with_corpus else []
+        cells.append(_cell(row.bytes, size_text(row.bytes)))
+        cells += [_quantity_cell(head, row) for head in heads]
         if peaks:
             peak = row.memory_bytes
-            parts.append(_cell(peak, "–" if peak is None else peak_text(peak)))
+            cells.append(_cell(peak, "–" if peak is None else peak_text(peak)))
         for device in devices:
             value = row.device_ms_per_token.get(device)
-            parts.append(_cell(value, number(value, 1)))
-        parts.append("</tr>")
-    parts.append("</tbody></table></div>")
-    return "\n".join(parts)
+            cells.append(_cell(value, number(value, 1)))
+        body.append(cells)
+    return _sortable("table", "Table", "One row for each model or type", titles, words, body)
+
+
+def _points_table(points: Sequence[ContextPoint]) -> str:
+    """The points of the curves over the context as a section; nothing without points."""
+    if not points:
+        return ""
+    with_corpus = len({point.corpus for point in points}) > 1
+    titles = ["Model", "Scored tokens", *(["Corpus"] if with_corpus else [])]
+    words = len(titles)
+    titles += ["Context", "PPL ± error", "Tokens", "Chunks"]
+    body = []
+    for point in points:
+        error = "" if point.error is None else f' <span class="error">± {number(point.error, 4)}</span>'
+        finite = point.ppl if math.isfinite(point.ppl) else None
+        cells = [_name(f"{point.model} {point.type}", ["published"] if point.origin == "published" else [])]
+        cells.append(_word("the same at each context" if point.paired else "each context's own"))
+        cells += [_word(point.corpus)] if with_corpus else []
+        cells += [
+            _cell(point.context, f"{point.context:,}"),
+            _cell(finite, number(finite, 4) + error),
+            _cell(point.tokens or None, f"{point.tokens:,}"),
+            _cell(point.chunks or None, f"{point.chunks:,}"),
+        ]
+        body.append(cells)
+    return _sortable("contexts", "Contexts", "One row for each model and context", titles, words, body)
+
+
+def _sortable(
+    name: str, title: str, caption: str, titles: Sequence[str], words: int, body: Sequence[Sequence[str]]
+) -> str:
+    """A section with a table whose headings sort.
+
+    Args:
+        words: how many of the first columns hold words and not numbers.
+    """
+    heads = []
+    for index, words_of in enumerate(titles):
+        kind = ' class="word name"' if index == 0 else ' class="word"' if index < words else ""
+        heads.append(f'<th scope="col"{kind}><button type="button">{text(words_of)}</button></th>')
+    rows = "\n".join(f"<tr>{''.join(cells)}</tr>" for cells in body)
+    return (
+        f'<section aria-labelledby="{name}-title"><h2 id="{name}-title">{title}</h2>\n'
+        f'<div class="scroll" tabindex="0" role="region" aria-labelledby="{name}-title"><table>'
+        f"<caption>{caption}; a heading sorts by its column.</caption>\n"
+        f"<thead><tr>{''.join(heads)}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div></section>"
+    )
+
+
+def _name(words: str, tags: Sequence[str]) -> str:
+    marks = "".join(f' <span class="tag">{tag}</span>' for tag in tags)
+    return f'<th scope="row" class="word">{text(words)}{marks}</th>'
+
+
+def _word(words: str) -> str:
+    return f'<td class="word">{text(words)}</td>'
 
 
 def _quantity_cell(head: _Head, row: QuantizationRow) -> str:

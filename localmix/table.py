@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from localmix.inert import inert
+
 if TYPE_CHECKING:
     from localmix.divergence import Divergence
 
@@ -85,12 +87,11 @@ class Table:
         """The table as CSV (RFC 4180): numbers in full and without units, nothing where nothing was measured."""
         text = io.StringIO()
         writer = csv.writer(text)
+        lines: list[Iterable[str | float | None]] = [[column.title for column in self.columns], *self.rows]
         if self.records:
-            writer.writerow(self.records[0])
-            writer.writerows(record.values() for record in self.records)
-        else:
-            writer.writerow(column.title for column in self.columns)
-            writer.writerows(self.rows)
+            lines = [self.records[0], *(record.values() for record in self.records)]
+        # names come from files, and CSV goes to a terminal too
+        writer.writerows([inert(cell) if isinstance(cell, str) else cell for cell in line] for line in lines)
         return text.getvalue()
 
     def markdown(self) -> str:

@@ -96,6 +96,12 @@ def test_texts_have_fronts_of_their_own() -> None:
     assert all(mark.on_front for series in chart.series for mark in series.marks)
 
 
+def test_a_speed_is_shown_once_whatever_it_was_measured_on() -> None:
+    average = [dataclasses.replace(one, corpus="average of 2") for one in rows()]
+    chart = named(charts([*rows(), *average], []))["speed"]
+    assert [len(series.marks) for series in chart.series] == [4]
+
+
 def test_sixteen_gib_stand_where_sizes_are_near_and_are_told_where_not() -> None:
     tiny = named(charts(rows(), []))["ppl"]
     assert tiny.limit is None

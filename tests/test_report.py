@@ -165,7 +165,7 @@ def test_rows_say_what_they_are() -> None:
     content = page(full_report())
     cells = re.findall(r'<th scope="row" class="word">(.*?)</th>', content)
     assert cells[0] == 'BF16 <span class="tag">reference</span>'
-    assert sum("published" in cell for cell in cells) == 12
+    assert sum("published" in cell for cell in cells) == 12 + 15  # rows, and points of the curves
     assert '<td class="failed" title="a NaN in chunk 3">failed</td>' in content
     assert "30.9, 26.5 and 21.0 GiB" in content
     assert "46.20 GiB" in content and "6.52 MiB" in content  # no unit in common
@@ -183,6 +183,18 @@ def test_a_report_of_one_row_has_no_plots() -> None:
     content = page(Report("t", {}, measured()[:1]))
     Outline(content)
     assert "<figure" not in content
+
+
+def test_a_report_of_contexts_has_no_quantization_table() -> None:
+    points = [
+        ContextPoint("tinymix", "Q8_0", 128, False, 2.25, 0.5, 630, 10),
+        ContextPoint("tinymix", "Q8_0", 256, False, math.nan, None, 630, 5),
+    ]
+    content = page(Report("t", {}, [], points))
+    Outline(content)
+    assert 'id="table-title"' not in content
+    assert '<td data-v="2.25">2.2500 <span class="error">± 0.5000</span></td><td data-v="630">630</td>' in content
+    assert '<td data-v="256">256</td><td class="none">–</td>' in content
 
 
 def test_a_page_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -296,9 +308,9 @@ def test_the_theme_can_be_switched_by_hand(open_page: Any) -> None:
 
 def test_headings_sort_by_click_and_key_and_say_so(open_page: Any) -> None:
     shown = open_page(1400)
-    column = "[...document.querySelectorAll('tbody tr')].map(r => r.cells[5].dataset.v ?? null)"
+    column = "[...document.querySelectorAll('table')[0].tBodies[0].rows].map(r => r.cells[5].dataset.v ?? null)"
     before = shown.evaluate(column)
-    head = shown.get_by_role("columnheader", name="PPL ± error", exact=True)
+    head = shown.get_by_role("columnheader", name="PPL ± error", exact=True).first
     assert head.get_attribute("aria-sort") is None
     head.get_by_role("button").click()
     assert head.get_attribute("aria-sort") == "ascending"
@@ -316,7 +328,9 @@ def test_headings_sort_by_click_and_key_and_say_so(open_page: Any) -> None:
     kind.get_by_role("button").press("Space")
     assert head.get_attribute("aria-sort") is None
     assert kind.get_attribute("aria-sort") == "ascending"
-    types = shown.evaluate("[...document.querySelectorAll('tbody th')].map(c => c.textContent)")
+    types = shown.evaluate(
+        "[...document.querySelectorAll('table')[0].querySelectorAll('tbody th')].map(c => c.textContent)"
+    )
     assert types[0].startswith("BF16") and types[-1].startswith("Q8_0")
     assert len(before) == len(types)
 
@@ -361,9 +375,16 @@ def test_labels_do_not_overlap_as_drawn(open_page: Any, width: int, kind: str) -
     assert shown.locator(f"svg.{other}").first.is_hidden()
 
 
+def test_curves_are_solid_where_measured_and_dashed_where_published(open_page: Any) -> None:
+    dashes = "s => getComputedStyle(document.querySelector(`${s} svg.wide .curve`)).strokeDasharray"
+    shown = open_page(1400)
+    assert shown.evaluate(dashes, "#context") == "none"
+    assert shown.evaluate(dashes, "#context-published") == "5px, 4px"
+
+
 def test_the_first_column_stays_in_view(open_page: Any) -> None:
     shown = open_page(400)
-    shown.locator(".scroll").evaluate("e => e.scrollLeft = 300")
+    shown.locator(".scroll").first.evaluate("e => e.scrollLeft = 300")
     assert shown.locator("tbody th").first.bounding_box()["x"] < 40
 
 

@@ -139,6 +139,12 @@ def test_csv_of_a_table_without_records_has_its_cells() -> None:
     assert Table((Column("A"), Column("B")), (("1,5", "x"),)).csv() == 'A,B\r\n"1,5",x\r\n'
 
 
+def test_csv_is_harmless_on_a_terminal() -> None:
+    text = quantization_table([row("Q8_0", 1, 5.0, model="\x1b[31mred\x07\udcff")]).csv()
+    assert "\x1b" not in text and "\x07" not in text
+    text.encode("utf-8")
+
+
 def test_bars_of_the_divergence_are_logarithmic() -> None:
     bars = quantization_table(full_rows()).bars
     assert bars is not None and bars.title == "KLD, log"

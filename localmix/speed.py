@@ -264,11 +264,12 @@ def _time(
         for test in tests:
             nanoseconds: list[int] = []
             for number in range(repetitions):
-                report(number, test.name)
                 if not (filled and runner.rewind(settings.depth)):
+                    report(number, f"{test.name}, filling {settings.depth} tokens")
                     runner.rewind(0)
                     runner.run(SpeedTest(settings.depth, 0), 0)
                     filled = True
+                report(number, test.name)
                 start = time.perf_counter_ns()
                 runner.run(test, settings.depth)
                 nanoseconds.append(time.perf_counter_ns() - start)

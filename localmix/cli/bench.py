@@ -277,26 +277,29 @@ def _record(point: SpeedPoint, subject: Subject) -> dict[str, Any]:
     }
 
 
+# name: (where it is found, the default, which needs no mention)
+_SETTINGS: Mapping[str, tuple[Callable[[SpeedPoint], object], object]] = {
+    "threads": (lambda point: point.settings.threads, None),
+    "batch": (lambda point: point.settings.batch, 2048),
+    "ubatch": (lambda point: point.settings.micro_batch, 512),
+    "KV": (lambda point: point.settings.kv_type, "f16"),
+    "GPU layers": (lambda point: "auto" if point.settings.gpu_layers is None else point.settings.gpu_layers, "auto"),
+}
+
+
 def _table(points: Sequence[SpeedPoint], subjects: Mapping[Path, Subject]) -> Table:
     """A row for each point; what is the same for all stands in the caption."""
     from localmix.table import Column, Table, number, size_unit
 
     unit, unit_name = size_unit(subject.bytes for subject in subjects.values())
     several = len({subject.model for subject in subjects.values()}) > 1
-    swept: dict[str, Callable[[SpeedPoint], object]] = {
-        "Threads": lambda point: point.settings.threads,
-        "Batch": lambda point: point.settings.batch,
-        "µBatch": lambda point: point.settings.micro_batch,
-        "KV": lambda point: point.settings.kv_type,
-        "GPU layers": lambda point: "auto" if point.settings.gpu_layers is None else point.settings.gpu_layers,
-    }
-    same = {name: of(points[0]) for name, of in swept.items() if len(set(map(of, points))) == 1}
-    varied = {name: of for name, of in swept.items() if name not in same}
+    same = {name for name, (of, _) in _SETTINGS.items() if len(set(map(of, points))) == 1}
+    varied = {name: of for name, (of, _) in _SETTINGS.items() if name not in same}
     columns = [
         *([Column("Model", number=False)] if several else []),
         Column("Type", number=False),
         Column(f"Size {unit_name}", rank=2),
-        *(Column(name) for name in varied),
+        *(Column(name[0].upper() + name[1:]) for name in varied),
         Column("Test", number=False),
         Column("Tokens/s"),
         Column("±"),
@@ -321,10 +324,10 @@ def _table(points: Sequence[SpeedPoint], subjects: Mapping[Path, Subject]) -> Ta
         )
     machine = next((point.machine for point in points if point.machine.processor), points[0].machine)
     repetitions = max(len(point.nanoseconds) for point in points)
-    plain = {"Threads": "threads", "Batch": "batch", "µBatch": "µbatch", "KV": "KV", "GPU layers": "GPU layers"}
-    defaults = {"Batch": 2048, "µBatch": 512, "KV": "f16", "GPU layers": "auto"}
-    fixed = [f"{plain[name]} {value}" for name, value in same.items() if defaults.get(name) != value]
-    caption = "; ".join(filter(None, (*machine.gpus, machine.processor, *fixed, f"{repetitions} runs", machine.engine)))
+    first = points[0]
+    fixed = [f"{name} {of(first)}" for name, (of, usual) in _SETTINGS.items() if name in same and of(first) != usual]
+    runs = f"{repetitions} run{'s' * (repetitions != 1)}"
+    caption = "; ".join(filter(None, (*machine.gpus, machine.processor, *fixed, runs, machine.engine)))
     records = tuple(
         {name: value for name, value in _record(point, subjects[point.path]).items() if not name.startswith("samples")}
         for point in points

@@ -1,26 +1,24 @@
-"""Memory before anything is loaded: what a model needs, what this machine has, and what would help.
+"""Memory before anything is loaded: what a model's need consists of, what this machine has, and the two verdicts.
 
-The need is computed from metadata: weights as the plan or the file says, the KV cache by its formula, the
-compute buffer by the two places where llama.cpp's graph is widest. The formulas give what llama.cpp 0.3.36
-allocates to 1 MiB, on dense and mixture models from 512 to 131072 positions (tests/test_memory.py).
+What is anonymous (KV cache, buffers, weights reordered for the processor) must fit,
+or the system kills the process: then the model *loads*. Weights that are mapped from the file can be dropped and
+read again, so too many of them are slow: only when everything fits does the model *run well*.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum
 from pathlib import Path
 
 import psutil
 
-from localmix.errors import InputError, UsageError
+from localmix.errors import UsageError
 from localmix.sources.base import Source
 
 GIB = 2**30
 MIB = 2**20
-
-# bytes of one value in the KV cache
-KV_TYPES = {"f16": 2.0, "bf16": 2.0, "f32": 4.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
 
 # positions to run and to measure with where nothing else is asked for
 DEFAULT_CONTEXT = 4096
@@ -31,31 +29,51 @@ FLOOR_GB = 16
 REPORTED_SHARE = 15.3 / 16
 SYSTEM_BYTES = 1 * GIB
 
-_INTERPRETER_BYTES = 170 * MIB  # both processes of a chat, with llama.cpp's libraries
-_TOKEN_BYTES = 300  # one token in llama.cpp's vocabulary: text, score and two map entries
-_KV_CELLS = 256  # llama.cpp rounds the context up to a multiple
+
+class Verdict(Enum):
+    """Whether a model and a machine go together."""
+
+    RUNS_WELL = "runs well"  # everything stays in memory
+    LOADS = "loads"  # weights are read from the disk again and again
+    NO = "no"  # what cannot be dropped does not fit
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that running a model takes.
+    """Bytes that running a model takes of the processor's memory.
 
     Attributes:
-        weights: mapped from the file; the system can drop and read them again, so too many of them are slow.
+        weights: all of them; mapped from the file, where they are not `repacked`.
+        repacked: those of the weights that are copied in another order, into anonymous memory.
         kv: the KV cache of the whole context.
-        compute: buffers of the widest step of the graph.
-        other: vocabulary and interpreter.
+        compute: buffers of the widest step of the graph, and llama.cpp's bookkeeping.
+        output: logits.
+        vocabulary: the tokens and their look-up tables.
+        program: both processes, with their libraries.
     """
 
     weights: int
+    repacked: int
     kv: int
     compute: int
-    other: int
+    output: int
+    vocabulary: int
+    program: int
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.kv + self.compute + self.other
+        return self.weights + self.kv + self.compute + self.output + self.vocabulary + self.program
+
+    @property
+    def anonymous(self) -> int:
+        """What the system cannot drop and read again."""
+        return self.total - self.weights + self.repacked
+
+    @property
+    def mapped(self) -> Need:
+        """The same without reordered weights: slower, and all weights can be dropped."""
+        return replace(self, repacked=0)
 
 
 @dataclass(frozen=True)
@@ -66,75 +84,19 @@ class Available:
     limit: str
 
     def fits(self, need: Need) -> bool:
-        """Whether the need can be met."""
+        """Whether everything stays in memory."""
         return need.total <= self.bytes
 
-
-def need(source: Source, weights: int, context: int, kv_type: str = "f16", batch: int = 512) -> Need:
-    """What a model takes in memory.
-
-    Args:
-        source: for its metadata; weights are not read.
-        weights: bytes of the weights, from the plan or the file.
-        context: positions.
-        kv_type: of both halves of the KV cache, one of `KV_TYPES`.
-        batch: tokens in one step (llama.cpp's `n_ubatch`).
-    """
-    cells = -(-context // _KV_CELLS) * _KV_CELLS
-    return Need(
-        weights,
-        int(cells * _kv_values(source) * KV_TYPES[kv_type]),
-        _compute_bytes(source, cells, min(batch, cells)),
-        _INTERPRETER_BYTES + _TOKEN_BYTES * _vocabulary(source),
-    )
-
-
-def largest_context(source: Source, weights: int, available: Available, kv_type: str = "f16") -> int:
-    """The longest context that fits, in steps of 256 positions and no longer than the trained one; 0 if none does."""
-    steps = trained_context(source) // _KV_CELLS
-    low, high = 0, steps
-    while low < high:
-        middle = (low + high + 1) // 2
-        if available.fits(need(source, weights, middle * _KV_CELLS, kv_type)):
-            low = middle
-        else:
-            high = middle - 1
-    return low * _KV_CELLS
+    def verdict(self, need: Need) -> Verdict:
+        """Whether the model runs well, or loads at least, its weights left in the order of the file if need be."""
+        if self.fits(need):
+            return Verdict.RUNS_WELL
+        return Verdict.LOADS if need.mapped.anonymous <= self.bytes else Verdict.NO
 
 
 def trained_context(source: Source) -> int:
     """Positions the model was trained for; 4096 when it does not say."""
     return source.number("{arch}.context_length") or DEFAULT_CONTEXT
-
-
-def _kv_values(source: Source) -> int:
-    """Numbers that one position adds to the KV cache, over all layers."""
-    heads = source.numbers("{arch}.attention.head_count", (1,))
-    head_size = source.number("{arch}.embedding_length") // (heads[0] or 1)
-    kv_heads = source.numbers("{arch}.attention.head_count_kv", heads)
-    # one number for all layers, or one for each
-    all_heads = sum(kv_heads) if len(kv_heads) > 1 else source.number("{arch}.block_count") * kv_heads[0]
-    key = source.number("{arch}.attention.key_length", head_size)
-    value = source.number("{arch}.attention.value_length", head_size)
-    return all_heads * (key + value)
-
-
-def _compute_bytes(source: Source, cells: int, batch: int) -> int:
-    """The wider of the two wide places: the logits, or one layer's feed-forward with the attention mask."""
-    hidden = source.number("{arch}.embedding_length")
-    dense = max(source.numbers("{arch}.feed_forward_length"))
-    experts = source.number("{arch}.expert_used_count")
-    wide = source.number("{arch}.expert_feed_forward_length", dense) * experts if experts else dense
-    logits = 4 * batch * (_vocabulary(source) + 2 * hidden)
-    layer = 4 * batch * (3 * wide + 4 * hidden) + 2 * batch * cells
-    return max(logits, layer)
-
-
-def _vocabulary(source: Source) -> int:
-    tokens = source.get("tokenizer.ggml.tokens", [])
-    if not isinstance(tokens, list):
-        raise InputError(f"{source.path}: the metadata entry tokenizer.ggml.tokens is {tokens!r}, not a list.")
-    return source.number("{arch}.vocab_size", len(tokens))
 
 
 def available() -> Available:
@@ -145,6 +107,11 @@ def available() -> Available:
         if headroom < found.bytes:
             found = Available(headroom, name)
     return found
+
+
+def is_below_floor() -> bool:
+    """Whether this machine has less memory than one that is sold with `FLOOR_GB`."""
+    return psutil.virtual_memory().total < FLOOR_GB * REPORTED_SHARE * GIB
 
 
 def machine(gigabytes: float) -> Available:
@@ -191,13 +158,15 @@ def _cgroup_headroom(
             # In a container the mount begins at our own group and the path does not exist below it.
             for depth in range(len(parts), -1, -1):
                 folder = mount.joinpath(*parts[:depth])
-                headroom = _headroom(folder, *files)
-                if headroom is not None:
-                    found.append((headroom, f"the memory limit of cgroup /{'/'.join(parts[:depth])}"))
+                measured = _headroom(folder, *files)
+                if measured is not None:
+                    headroom, limit = measured
+                    group = "/" + "/".join(parts[:depth])
+                    found.append((headroom, f"what the limit of {limit / GIB:.2f} GiB of cgroup {group} leaves"))
     return found
 
 
-def _headroom(folder: Path, limit_file: str, usage_file: str, prefix: str) -> int | None:
+def _headroom(folder: Path, limit_file: str, usage_file: str, prefix: str) -> tuple[int, int] | None:
     try:
         limit = int((folder / limit_file).read_text())  # "max" is no number
         used = int((folder / usage_file).read_text())
@@ -207,4 +176,4 @@ def _headroom(folder: Path, limit_file: str, usage_file: str, prefix: str) -> in
     if limit >= 2**60:  # v1's way of saying that there is none
         return None
     cache = sum(int(statistics.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active"))
-    return max(0, limit - max(0, used - cache))
+    return max(0, limit - max(0, used - cache)), limit

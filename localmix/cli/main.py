@@ -18,6 +18,7 @@ COMPLETION_VARIABLE = "_LOCALMIX_COMPLETE"
 COMMANDS: Mapping[str, str] = {
     "convert": "Make a GGUF file from a checkpoint folder.",
     "plan": "Show size, bits per weight and memory need of each type, before anything is written.",
+    "fit": "Show which types of a model fit into memory, with which context.",
     "imatrix": "Measure which weights matter, on a calibration text.",
     "quantize": "Make smaller models: one type, several, or a whole table.",
     "ppl": "Measure perplexity, and print the quantization table.",

@@ -12,8 +12,9 @@ from localmix.cli.console import Console
 from localmix.cli.parameters import Command
 
 if TYPE_CHECKING:
+    from localmix.fit import Fit
     from localmix.library import ModelFile
-    from localmix.memory import Available, Need
+    from localmix.memory import Need
     from localmix.native.devices import Placement
 
     _Parameter = click.ParamType[int | None]
@@ -96,16 +97,6 @@ class Choice:
     need: Need
 
 
-@dataclass(frozen=True)
-class _Fit:
-    """What a file needs: with this context, and the longest context that fits (0 if none does)."""
-
-    context: int
-    trained: int
-    longest: int
-    need: Need
-
-
 class MemoryCheck:
     """Whether a file fits into memory, and what to say when it does not.
 
@@ -125,91 +116,97 @@ class MemoryCheck:
         experts: str = "auto",
     ) -> None:
         from localmix import memory
+        from localmix.fit import Examiner, Wish
 
         self._console = console
-        self._context = context
-        self._kv_type = kv_type
-        self._device = device
-        self._gpu_layers = gpu_layers
-        self._experts = experts
-        self._room = memory.available()
-        self._beside_weights: int | None = None
+        self._examiner = Examiner(Wish(context, kv_type, device, gpu_layers, experts), memory.available())
 
     def fits(self, file: ModelFile) -> bool:
-        """Whether a file of the library fits; all files of a model need the same beside their weights."""
-        if self._beside_weights is None:
-            need = self._look_at(file.path).need
-            self._beside_weights = need.total - need.weights
-        return file.bytes + self._beside_weights <= self._room.bytes
+        """Whether a file of the library runs well."""
+        from localmix.memory import Verdict
+
+        return self._examiner.examine(file.path).verdict is Verdict.RUNS_WELL
 
     def check(self, path: Path, force: bool) -> Choice:
-        """How to load the model.
+        """How to load the model; what is worth knowing has been said.
 
         Raises:
-            CapacityError: the model does not fit; a table of what it needs has been drawn.
+            CapacityError: the model cannot be loaded; a table of what it needs has been drawn.
+            UsageError: there is no such device.
         """
         from localmix.errors import CapacityError
-        from localmix.table import size
+        from localmix.memory import Verdict
 
-        fit = self._look_at(path)
-        if fit.context > fit.trained:
+        fit = self._examiner.examine(path)
+        context = fit.setting.context
+        if context > fit.trained:
             self._console.warn(f"{path.name} was trained for a context of {fit.trained}; beyond it replies get worse.")
-        if self._room.fits(fit.need):
-            return self._choice(fit)
-        _draw_need(self._console, fit, self._room)
-        message = (
-            f"{path.name} needs {size(fit.need.total)} of memory, but {size(self._room.bytes)} is available:"
-            f" {self._room.limit}."
+        for note in fit.notes:
+            self._console.warn(note)
+        choice = Choice(context, fit.setting.kv_type, fit.placement, fit.repack, fit.need)
+        if fit.verdict is Verdict.RUNS_WELL:
+            return choice
+        _draw_need(self._console, fit)
+        message, remedies = _sentence(fit), " ".join(self._examiner.remedies(fit))
+        if fit.verdict is Verdict.LOADS or (force and context <= _LONGEST_CONTEXT):
+            self._console.warn(f"{message} {remedies}".rstrip())
+            return choice
+        anyway = "Or go on anyway with --force." if context <= _LONGEST_CONTEXT else "Ask for less with --ctx."
+        raise CapacityError(message, f"{remedies} {anyway}".lstrip())
+
+
+def _sentence(fit: Fit) -> str:
+    """What is wrong, with numbers."""
+    from localmix.memory import FLOOR_GB, Verdict, is_below_floor
+    from localmix.table import size
+
+    name, room = fit.path.name, fit.room
+    if not fit.split.fits:
+        device = next(gpu for gpu in fit.gpus if fit.split.devices.get(gpu.name, 0) > 0)
+        return (
+            f"{name} puts {size(fit.split.devices[device.name])} on {device.name}, which has {size(device.free)} free"
+            " and keeps some of it for itself."
         )
-        if force and fit.context <= _LONGEST_CONTEXT:
-            self._console.warn(message)
-            return self._choice(fit)
-        raise CapacityError(message, self._remedies(path, fit))
-
-    def _choice(self, fit: _Fit) -> Choice:
-        from localmix.native.devices import PROCESSOR, Placement
-
-        placement = PROCESSOR if self._device == "cpu" else Placement(self._gpu_layers)
-        return Choice(fit.context, self._kv_type, placement, True, fit.need)
-
-    def _look_at(self, path: Path) -> _Fit:
-        from localmix import memory
-        from localmix.sources.open import open_source
-
-        with open_source(path) as source:
-            trained = memory.trained_context(source)
-            weights = sum(file.stat().st_size for file in source.files())
-            context = self._context or min(memory.DEFAULT_CONTEXT, trained)
-            longest = memory.largest_context(source, weights, self._room, self._kv_type)
-            return _Fit(context, trained, longest, memory.need(source, weights, context, self._kv_type))
-
-    def _remedies(self, path: Path, fit: _Fit) -> str:
-        from localmix import library
-
-        model = library.find(library.model_name(path))
-        smaller = [file for file in (model.files if model else ()) if file.path != path and self.fits(file)]
-        if smaller:
-            fitting = f"`localmix chat {smaller[0].name}` fits"
-        elif 0 < fit.longest < fit.context:
-            fitting = f"`--ctx {fit.longest}` fits"
-        else:
-            fitting = "`localmix plan` shows which types fit"
-        anyway = "or go on anyway with --force" if fit.context <= _LONGEST_CONTEXT else "or ask for less with --ctx"
-        return f"{fitting}. Or close other programs, {anyway}."
+    have = f"{size(room.bytes)} is available: {room.limit}"
+    if fit.verdict is Verdict.LOADS:
+        missing = size(fit.need.total - room.bytes)
+        said = (
+            f"{name} needs {size(fit.need.total)} of memory, but {have}. It loads, and {missing} of its weights are"
+            " read from the disk again and again: expect seconds for each token."
+        )
+    else:
+        said = f"{name} needs {size(fit.need.mapped.anonymous)} of memory besides its weights, but {have}."
+    below = f" This machine has less than the {FLOOR_GB} GB that localmix is made for." if is_below_floor() else ""
+    return said + below
 
 
-def _draw_need(console: Console, fit: _Fit, room: Available) -> None:
+def _draw_need(console: Console, fit: Fit) -> None:
     from localmix.table import Column, Table, size_unit
 
     need = fit.need
     rows = {
-        "weights": need.weights,
-        f"KV cache of {fit.context} positions": need.kv,
-        "compute buffers": need.compute,
-        "vocabulary and program": need.other,
+        "weights, mapped from the file": need.weights - need.repacked,
+        "weights in this processor's order": need.repacked,
+        f"KV cache of {fit.setting.context} positions in {fit.setting.kv_type}": need.kv,
+        "compute buffers": need.compute + need.output,
+        "vocabulary and program": need.vocabulary + need.program,
         "needed": need.total,
-        "available": room.bytes,
+        "available": fit.room.bytes,
     }
+    for gpu in fit.gpus:
+        rows[f"on {gpu.name}"] = fit.split.devices.get(gpu.name, 0)
+        rows[f"free on {gpu.name}"] = gpu.free
+    rows = {what: count for what, count in rows.items() if count}
     unit, name = size_unit(rows.values())
     cells = tuple((what, f"{count / unit:.2f}") for what, count in rows.items())
-    console.table(Table((Column("Memory", number=False), Column(name)), cells), to_messages=True)
+    console.table(Table((Column("Memory", number=False), Column(name)), cells, _on_gpus(fit)), to_messages=True)
+
+
+def _on_gpus(fit: Fit) -> str:
+    """What of the model lies on GPUs, in words; empty for nothing."""
+    placement = fit.placement
+    if not placement.gpu_layers:
+        return ""
+    kept = placement.cpu_expert_layers
+    experts = f"; the experts of the first {kept} layers stay in the processor's memory" if kept else ""
+    return f"{placement.gpu_layers} layers on {', '.join(gpu.name for gpu in fit.gpus)}{experts}."

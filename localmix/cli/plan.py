@@ -27,6 +27,13 @@ from localmix.cli.parameters import (
     help="Positions of context for the memory need; 4096, less if the model was trained for less.",
 )
 @click.option("--ram", metavar="SIZE", help="Check against a machine sold with so much memory; this one by default.")
+@click.option(
+    "--kv-type",
+    type=click.Choice(["f16", "q8_0", "q4_0"]),
+    default="f16",
+    show_default=True,
+    help="Type of the KV cache for the memory need.",
+)
 @click.option("--imatrix", is_flag=True, help="Plan with an importance matrix: it changes some mixtures.")
 @markdown_option
 @json_option
@@ -40,6 +47,7 @@ def command(
     set_name: str | None,
     context: int | None,
     ram: str | None,
+    kv_type: str,
     imatrix: bool,
     markdown: bool,
     json: bool,
@@ -47,16 +55,23 @@ def command(
     """Show size, bits per weight and memory need of each type, before anything is written.
 
     SRC is a checkpoint folder, a folder with nothing but a config.json, or a GGUF file. Without a TYPE all
-    types are planned.
+    types are planned. A type runs well when everything stays in memory. It loads when only its weights, which are
+    read from the file again and again, do not: then it is slow.
     """
+    from dataclasses import replace
+
     from localmix import library, memory
+    from localmix.placement import weigh
     from localmix.plan import Planner
     from localmix.presets import load_presets
+    from localmix.requirements import Requirements, repacked_bytes
+    from localmix.simulation import Setting
     from localmix.sources.open import open_source
     from localmix.table import Column, Table, number, size_unit
 
     console = Console(json)
-    model, names = _sort_out(words, set_name)
+    model, names = sort_out(words, set_name)
+    names = names or list(load_presets().presets)
     room = memory.machine(memory.parse_gigabytes(ram)) if ram else memory.available()
     path = library.resolve(model, library.Purpose.SOURCE)
     floor = memory.machine(memory.FLOOR_GB)
@@ -64,14 +79,22 @@ def command(
         context = context or min(memory.DEFAULT_CONTEXT, memory.trained_context(source))
         planner = Planner(source)
         plans = [planner.plan(load_presets().find(name), has_imatrix=imatrix) for name in names]
-        needs = [memory.need(source, plan.file_bytes, context) for plan in plans]
+        setting = Setting(context, kv_type)
+        requirements = Requirements(source)
+        requirements.simulate([setting])
+        needs = []
+        for plan in plans:
+            weights = weigh(replace(tensor.info, type=tensor.type) for tensor in plan.tensors)
+            needs.append(requirements.need(weights, setting, repacked_bytes(weights)))
         parameters = source.parameters
 
     document: dict[str, Any] = {
         "path": path,
         "parameters": parameters,
         "ctx": context,
+        "kv_type": kv_type,
         "available": room,
+        "simulated": requirements.simulated,
         "types": [
             {
                 "type": plan.type,
@@ -79,13 +102,17 @@ def command(
                 "bpw": plan.bits_per_weight,
                 "need": {
                     "weights": need.weights,
+                    "repacked": need.repacked,
                     "kv": need.kv,
                     "compute": need.compute,
-                    "other": need.other,
+                    "other": need.output + need.vocabulary + need.program,
+                    "anonymous": need.anonymous,
                     "total": need.total,
                 },
                 "fits": room.fits(need),
+                "verdict": room.verdict(need).value,
                 "fits_16gb": floor.fits(need),
+                "verdict_16gb": floor.verdict(need).value,
                 "tensors": [
                     {
                         "name": tensor.info.name,
@@ -108,7 +135,7 @@ def command(
             Column(f"Size {unit_name}"),
             Column("BPW"),
             Column(f"Memory {unit_name}"),
-            Column("Fits", number=False),
+            Column(f"In {memory.parse_gigabytes(ram):g} GB" if ram else "Here", number=False),
         ]
         rows = [
             [
@@ -116,18 +143,19 @@ def command(
                 f"{plan.file_bytes / unit:.2f}",
                 number(plan.bits_per_weight, 2),
                 f"{need.total / unit:.2f}",
-                "yes" if room.fits(need) else "no",
+                room.verdict(need).value,
             ]
             for plan, need in zip(plans, needs, strict=True)
         ]
         if not ram:
             columns.append(Column("In 16 GB", number=False))
             for row, need in zip(rows, needs, strict=True):
-                row.append("yes" if floor.fits(need) else "no")
+                row.append(floor.verdict(need).value)
         notes = [plan.type for plan in plans if plan.fallbacks]
         caption = (
-            f"{parameters:,} parameters. Memory: with a context of {context}."
-            f" Fits: into {room.bytes / 2**30:.1f} GiB, {room.limit}."
+            f"{parameters:,} parameters. Memory: with a context of {context} in {kv_type}"
+            f"{'' if requirements.simulated else ', by formula'}."
+            f" {'Here' if not ram else 'There'}: {room.bytes / 2**30:.1f} GiB, {room.limit}."
         )
         if notes:
             caption += f" Some columns fit no block of {', '.join(notes)}: those tensors take another type."
@@ -136,8 +164,12 @@ def command(
     console.result(document, draw)
 
 
-def _sort_out(words: tuple[str, ...], set_name: str | None) -> tuple[str | None, list[str]]:
-    """The model, if one is named, and the types, which may come in any order: what is no type is the model."""
+def sort_out(words: tuple[str, ...], set_name: str | None) -> tuple[str | None, list[str]]:
+    """The model, if one is named, and the types, which may come in any order: what is no type is the model.
+
+    Raises:
+        UsageError: two models are named, or a type that does not exist.
+    """
     from localmix.errors import UsageError
     from localmix.presets import load_presets
 
@@ -158,4 +190,4 @@ def _sort_out(words: tuple[str, ...], set_name: str | None) -> tuple[str | None,
         raise UsageError(f"Two models were named: {models[0]} and {models[1]}.", "Plan one at a time.")
     if set_name:
         names += presets.find_set(set_name)
-    return (models[0] if models else None), list(dict.fromkeys(names or presets.presets))
+    return (models[0] if models else None), list(dict.fromkeys(names))

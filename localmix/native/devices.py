@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from localmix.errors import UsageError
 from localmix.native.library import api, ggml
+
+# words for devices that ggml names otherwise
+_NAMES = {"metal": ("Metal", "MTL")}
 
 # enum ggml_backend_dev_type in ggml-backend.h
 KINDS = ("cpu", "gpu", "integrated gpu", "accelerator", "meta")
@@ -33,6 +38,11 @@ class Device:
     kind: str
     free: int
     total: int
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether it computes in the processor's memory, so that what it holds counts there too."""
+        return self.kind == "integrated gpu" or self.name.startswith(_NAMES["metal"])
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,45 @@ def devices() -> list[Device]:
     return [_describe(handle) for handle in _handles()]
 
 
+def choose_gpus(found: Sequence[Device], wanted: str) -> list[Device]:
+    """The GPUs among llama.cpp's devices that are meant.
+
+    Args:
+        wanted: `auto` for those that llama.cpp would take itself, `cpu` for none, a kind such as `cuda`, `metal` or
+            `vulkan`, or names of devices with commas between.
+
+    Raises:
+        UsageError: there is none of that kind or name.
+    """
+    if wanted == "cpu":
+        return []
+    gpus = [device for device in found if device.kind in ("gpu", "integrated gpu")]
+    if wanted == "auto":
+        return [device for device in gpus if device.kind == "gpu"] or gpus
+    chosen: list[Device] = []
+    for word in wanted.split(","):
+        prefixes = "|".join(_NAMES.get(word.lower(), (re.escape(word),)))
+        pattern = re.compile(rf"(?:{prefixes})\d*", re.IGNORECASE)
+        named = [gpu for gpu in gpus if gpu.name == word] or [gpu for gpu in gpus if pattern.fullmatch(gpu.name)]
+        if not named:
+            known = ", ".join(gpu.name for gpu in gpus)
+            raise UsageError(
+                f"llama.cpp finds no device {word} here.",
+                f"It has {known}." if known else "It was built without a GPU: `make setup BACKEND=cuda` builds it in.",
+            )
+        chosen += [gpu for gpu in named if gpu not in chosen]
+    return chosen
+
+
+def has_gpu_backend() -> bool:
+    """Whether llama.cpp was built for a GPU at all, from the names of its libraries: nothing is loaded."""
+    package = importlib.util.find_spec("llama_cpp")
+    folders = package.submodule_search_locations if package else None
+    names = {library.name.partition(".")[0] for folder in folders or () for library in (Path(folder) / "lib").iterdir()}
+    backends = {name.removeprefix("lib") for name in names if name.removeprefix("lib").startswith("ggml-")}
+    return bool(backends - {"ggml-base", "ggml-cpu", "ggml-blas"})
+
+
 @cache
 def _handles() -> list[int]:
     api()  # registers the back ends
@@ -87,12 +136,16 @@ def device_handle(name: str) -> int:
     return found[name]
 
 
+def processor_handle() -> int:
+    """The `ggml_backend_dev_t` of the processor."""
+    return next(handle for device, handle in zip(devices(), _handles(), strict=True) if device.kind == "cpu")
+
+
 def cpu_buffer_type() -> int:
     """The `ggml_backend_buffer_type_t` of the processor's own memory."""
     base = ggml()
     base.ggml_backend_dev_buffer_type.restype = ctypes.c_void_p
-    processor = next(handle for device, handle in zip(devices(), _handles(), strict=True) if device.kind == "cpu")
-    found: int = base.ggml_backend_dev_buffer_type(ctypes.c_void_p(processor))
+    found: int = base.ggml_backend_dev_buffer_type(ctypes.c_void_p(processor_handle()))
     return found
 
 

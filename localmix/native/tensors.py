@@ -54,7 +54,7 @@ Tensor._fields_ = [
 ]
 
 
-class _InitParameters(ctypes.Structure):
+class InitParameters(ctypes.Structure):
     """`struct ggml_init_params`."""
 
     _fields_ = (
@@ -73,13 +73,13 @@ class Operations:
 
 
 @cache
-def _base() -> ctypes.CDLL:
+def typed_ggml() -> ctypes.CDLL:
     """libggml-base with the prototypes of what is called here."""
     base = ggml()
     tensor = ctypes.POINTER(Tensor)
     pointer, size, integer = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64
     for name, result, arguments in (
-        ("ggml_init", pointer, [_InitParameters]),
+        ("ggml_init", pointer, [InitParameters]),
         ("ggml_free", None, [pointer]),
         ("ggml_new_tensor_3d", tensor, [pointer, ctypes.c_int, integer, integer, integer]),
         ("ggml_mul_mat", tensor, [pointer, tensor, tensor]),
@@ -102,8 +102,8 @@ def operations() -> Operations:
     Raises:
         InputError: the struct of the loaded library has another layout.
     """
-    base = _base()
-    context = base.ggml_init(_InitParameters(1 << 20, None, False))
+    base = typed_ggml()
+    context = base.ggml_init(InitParameters(1 << 20, None, False))
     try:
         new = base.ggml_new_tensor_3d
         experts = new(context, TensorType.F16, 64, 5, 4)
@@ -147,7 +147,7 @@ def read(tensor: Tensor, dtype: DTypeLike) -> NDArray[Any]:
         tensor: of a type with one element per block.
         dtype: its element type, float32 or int32.
     """
-    base = _base()
+    base = typed_ggml()
     itemsize = np.dtype(dtype).itemsize
     shape = tensor.ne[::-1]
     strides = tensor.nb[::-1]

@@ -1,0 +1,176 @@
+"""Which layers and experts of a model a GPU has room for: arithmetic over their bytes, the same for every vendor.
+
+llama.cpp places whole layers: with N layers on the GPU the output layer comes first, then the last N - 1 blocks.
+Of several GPUs each takes a row of layers, in proportion to its free memory (`load_tensors` in llama-model.cpp).
+In a mixture model the experts are most of the bytes and few of them work on a token, so they are what stays in
+the processor's memory first, layer by layer from the first one on, while attention and the KV cache are on the GPU.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from localmix.gguf_format import tensor_bytes
+from localmix.native.devices import PROCESSOR, Device, Placement
+from localmix.sources.base import TensorInfo
+
+_BLOCK = re.compile(r"blk\.(\d+)\.")
+_EXPERTS = re.compile(r"ffn_(up|down|gate|gate_up)_(ch|)exps")  # as llama.cpp's --n-cpu-moe
+
+# Of each device's free memory this much is left: for its driver, a display, and what the graph's splits add.
+_RESERVE_BYTES = 512 * 2**20
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Bytes of one block.
+
+    Attributes:
+        experts: weights of the experts that a router chooses among.
+        rest: all other weights.
+    """
+
+    experts: int
+    rest: int
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes of a model's weights, by where they can lie.
+
+    Attributes:
+        layers: the blocks.
+        output: what turns the last state into logits.
+        input: the token embedding; never on a GPU.
+        tensors: what the bytes were counted from.
+    """
+
+    layers: tuple[Layer, ...]
+    output: int
+    input: int
+    tensors: tuple[TensorInfo, ...]
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(layer.experts + layer.rest for layer in self.layers) + self.output + self.input
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether there are experts."""
+        return any(layer.experts for layer in self.layers)
+
+
+def weigh(tensors: Iterable[TensorInfo]) -> Weights:
+    """Count the bytes of a model's tensors, with the types that they will have."""
+    found = tuple(tensors)
+    experts: dict[int, int] = {}
+    rest: dict[int, int] = {}
+    output = embedding = 0
+    for tensor in found:
+        size = tensor_bytes(tensor)
+        block = _BLOCK.match(tensor.name)
+        if block:
+            where = experts if _EXPERTS.search(tensor.name) else rest
+            where[int(block[1])] = where.get(int(block[1]), 0) + size
+        elif tensor.name.startswith("output"):
+            output += size
+        else:
+            embedding += size
+    if not any(tensor.name == "output.weight" for tensor in found):
+        # tied to the embedding, which a GPU then holds a second time
+        output += sum(tensor_bytes(tensor) for tensor in found if tensor.name == "token_embd.weight")
+        embedding -= sum(tensor_bytes(tensor) for tensor in found if tensor.name == "token_embd.weight")
+    blocks = range(max((*experts, *rest), default=-1) + 1)
+    layers = tuple(Layer(experts.get(block, 0), rest.get(block, 0)) for block in blocks)
+    return Weights(layers, output, embedding, found)
+
+
+@dataclass(frozen=True)
+class Split:
+    """A placement, and what it takes.
+
+    Attributes:
+        weights, kv: bytes that lie on GPUs.
+        devices: bytes on each device, its compute buffer included.
+        fits: whether each device of known memory has room for its part.
+    """
+
+    placement: Placement
+    weights: int
+    kv: int
+    devices: Mapping[str, int]
+    fits: bool
+
+
+def split(
+    weights: Weights,
+    kv: Sequence[int],
+    compute: Mapping[str, int],
+    devices: Sequence[Device],
+    *,
+    gpu_layers: int | None = None,
+    experts: str = "auto",
+    named: bool = False,
+) -> Split:
+    """Put as much of a model on the GPUs as their free memory has room for.
+
+    Args:
+        kv: bytes of the KV cache, by layer.
+        compute: bytes of the compute buffers, by device.
+        devices: the GPUs to use, in llama.cpp's order.
+        gpu_layers: so many layers, the output layer counted, whether they fit or not; None for as many as fit.
+        experts: `cpu` keeps all of them off the GPUs, `gpu` none, `auto` as many as have to be.
+        named: put the devices' names into the placement, so that llama.cpp uses these only.
+
+    Returns:
+        Of what fits, the most layers on the GPUs, and with those the most experts. Without `gpu_layers`, nothing
+        on a GPU where not even the output layer fits.
+    """
+    names = tuple(device.name for device in devices) if named else ()
+    most_kept = len(weights.layers) if weights.is_mixture and experts != "gpu" else 0
+    least_kept = most_kept if experts == "cpu" else 0
+
+    def attempt(layers: int, kept: int) -> Split:
+        placement = Placement(layers, kept, names) if layers else PROCESSOR
+        return _load(weights, kv, compute, devices, placement)
+
+    everything = len(weights.layers) + 1
+    if gpu_layers is None:
+        layers = next(count for count in range(everything, -1, -1) if attempt(count, most_kept).fits)
+    else:
+        layers = min(gpu_layers, everything)
+    attempts = (attempt(layers, kept) for kept in range(least_kept, most_kept + 1))
+    return next((found for found in attempts if found.fits), attempt(layers, most_kept))
+
+
+def _load(
+    weights: Weights, kv: Sequence[int], compute: Mapping[str, int], devices: Sequence[Device], placement: Placement
+) -> Split:
+    """What a placement puts on each device."""
+    count = placement.gpu_layers or 0
+    if not count:
+        return Split(placement, 0, 0, {}, fits=True)
+    # a device that does not say counts for llama.cpp as if it had the machine's memory; equal parts come near it
+    shares = list(accumulate(device.free or 1 for device in devices))
+    used = {device.name: compute.get(device.name, 0) for device in devices}
+    on_devices = cached = 0
+    first = len(weights.layers) + 1 - count
+    for number in range(count):
+        name = devices[bisect_right(shares, number / count * shares[-1])].name
+        block = first + number
+        if block == len(weights.layers):
+            size = weights.output
+        else:
+            layer = weights.layers[block]
+            size = layer.rest + (layer.experts if block >= placement.cpu_expert_layers else 0)
+            cached += kv[block]
+            used[name] += kv[block]
+        used[name] += size
+        on_devices += size
+    fits = all(used[device.name] + _RESERVE_BYTES <= device.free for device in devices if device.total)
+    return Split(placement, on_devices, cached, used, fits)

@@ -17,6 +17,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from localmix.chat_events import (
     Event,
     Loaded,
     Loading,
+    Overdue,
     Piece,
     Reading,
     Rendering,
@@ -61,6 +63,7 @@ __all__ = [
 ]
 
 TEMPLATE_SECONDS = 2.0
+STOP_SECONDS = 0.12  # how long a stopped reply may take to end by itself
 DEVICES = ("auto", "cpu", "cuda", "metal")
 
 
@@ -129,7 +132,13 @@ class Engine:
             UsageError: the grammar does not parse.
         """
         yield from self.load()
-        yield from self._request(Ask(messages, sampling, limit, grammar), Reply)
+        heard = _Heard()
+        try:
+            for event in self._request(Ask(messages, sampling, limit, grammar), Reply):
+                heard.note(event)
+                yield event
+        except _OverdueError:
+            yield heard.reply()
 
     def save_state(self, path: Path) -> StateSaved:
         """Write the cache to a file, from which `load` fills it again; the old file stays until the new one is whole.
@@ -144,9 +153,16 @@ class Engine:
         return saved
 
     def stop(self) -> None:
-        """End the current reply early; it comes to its end with a Reply. Safe from another thread."""
-        if self._worker is not None:
-            self._worker.cancel()
+        """End the current reply early; it comes to its end with a Reply. Safe from another thread.
+
+        A child in the middle of a long computation comes to its end later, and unheard.
+        """
+        worker, number = self._worker, self._requests
+        if worker is not None:
+            worker.cancel()
+            reminder = threading.Timer(STOP_SECONDS, lambda: worker.post(Overdue(number)))
+            reminder.daemon = True
+            reminder.start()
 
     def _request(self, content: Ask | SaveState | RestoreState, last: type[Event]) -> Iterator[Event]:
         assert self._worker is not None
@@ -182,10 +198,51 @@ class Engine:
                     raise
                 if isinstance(answer, Rendering):
                     deadline.stop() if answer.finished else deadline.start()
+                elif isinstance(answer, Overdue) and answer.number == number > 0:
+                    raise _OverdueError
                 elif isinstance(answer, Answer) and answer.number == number:
                     if isinstance(answer.content, LocalmixError):
                         raise answer.content
                     yield answer.content
+
+
+class _OverdueError(Exception):
+    """The child does not come to an end that was asked for."""
+
+
+class _Heard:
+    """What came of a reply, to end it without the child."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._first = self._last = 0.0
+        self._text: list[str] = []
+        self._tokens = 0
+        self._reading = Reading(0, 0)
+
+    def note(self, event: Event) -> None:
+        if isinstance(event, Reading):
+            self._reading = event
+        elif isinstance(event, Piece):
+            self._last = time.monotonic()
+            self._first = self._first or self._last
+            self._text.append(event.text)
+            self._tokens = event.tokens
+
+    def reply(self) -> Reply:
+        reading, generating = self._reading, self._last - self._first
+        read = (self._first or time.monotonic()) - self._started
+        return Reply(
+            text="".join(self._text),
+            prompt_tokens=reading.cached + reading.total,
+            cached_tokens=reading.cached,
+            completion_tokens=self._tokens,
+            finish_reason="stopped",
+            first_token_seconds=self._first - self._started if self._first else None,
+            pp_tps=reading.done / read if reading.done and read > 0 else None,
+            tg_tps=(self._tokens - 1) / generating if generating > 0 and self._tokens > 1 else None,
+            context_used=reading.cached + reading.done + self._tokens,
+        )
 
 
 class _Deadline:

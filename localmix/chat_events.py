@@ -104,17 +104,19 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Reading:
-    """The prompt is being read: tokens done, and in all, beyond what the cache held."""
+    """The prompt is being read: tokens done, and in all, beyond what the cache held (`cached`)."""
 
     done: int
     total: int
+    cached: int = 0
 
 
 @dataclass(frozen=True)
 class Piece:
-    """The next characters of the reply, whole ones only."""
+    """The next characters of the reply, whole ones only; `tokens` of the reply have come so far."""
 
     text: str
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -216,3 +218,10 @@ class Rendering:
     """Sent before and after the chat template runs: the time between is limited."""
 
     finished: bool
+
+
+@dataclass(frozen=True)
+class Overdue:
+    """The parent's reminder that it wanted the request of this number to end."""
+
+    number: int

@@ -217,7 +217,7 @@ class _Desk:
         finish = "length"
         try:
             with self._generator(ask, tokens) as generate:
-                cached = self._cache.feed(tokens, lambda done, total: send(Reading(done, total)))
+                cached = self._cache.feed(tokens, lambda *counts: send(Reading(*counts)))
                 read = time.monotonic()
                 for token in generate(limit):
                     self._channel.check()
@@ -227,10 +227,10 @@ class _Desk:
                         finish = "stop"
                         break
                     count += 1
-                    text.write(model.piece(token))
+                    text.write(model.piece(token), count)
         except Interrupted:
             finish = "stopped"
-        text.write(b"", final=True)
+        text.write(b"", count, final=True)
         reading = read - started
         generating = (last - first) if first and last else 0.0
         tg_tps = (count - 1) / generating if generating > 0 and count > 1 else None
@@ -338,10 +338,10 @@ class _Text:
         self._send = send
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def write(self, data: bytes, final: bool = False) -> None:
+    def write(self, data: bytes, tokens: int, final: bool = False) -> None:
         text = self._decoder.decode(data, final)
         if not self.parts:
             text = text.lstrip()  # sentencepiece begins every word with a space
         if text:
             self.parts.append(text)
-            self._send(Piece(text))
+            self._send(Piece(text, tokens))

@@ -259,6 +259,10 @@ class Worker:
         """Ask the child to stop what it does for the last message (or for the call, if none was sent)."""
         self._cancel(self._sent)
 
+    def post(self, event: object) -> None:
+        """Put an event of the parent's own behind those of the child that have come; safe from any thread."""
+        self._events.put(("event", event))
+
     def __iter__(self) -> Iterator[Any]:
         return self
 

@@ -14,7 +14,7 @@ import jsonschema
 import pytest
 
 from localmix import chat
-from localmix.chat import Conversation, DraftSettings, Dropped, Engine, EngineSettings, Loaded, Piece, Reply
+from localmix.chat import Conversation, DraftSettings, Dropped, Engine, EngineSettings, Loaded, Piece, Reading, Reply
 from localmix.errors import CapacityError, InputError, UsageError
 from localmix.grammar import from_json_schema
 from localmix.sampling import Sampling
@@ -100,6 +100,45 @@ def test_stop_keeps_what_was_said(engine: Engine) -> None:
     assert time.monotonic() - stopped < 2
     assert conversation.turns[-1]["content"] == reply.text != ""
     assert ask(Conversation(engine, sampling=GREEDY, limit=3), "Again").completion_tokens == 3
+
+
+def test_stop_while_a_long_prompt_is_read(engine: Engine) -> None:
+    list(engine.load())
+    conversation = Conversation(engine, sampling=GREEDY)
+    reply: Reply | None = None
+    for event in conversation.ask("word " * 90):
+        if isinstance(event, Reading) and event.done == 0:
+            stopped = time.monotonic()
+            engine.stop()
+        if isinstance(event, Reply):
+            reply = event
+    assert time.monotonic() - stopped < 0.5
+    assert reply is not None and (reply.finish_reason, reply.text) == ("stopped", "")
+    assert conversation.turns == []
+    assert ask(Conversation(engine, sampling=GREEDY, limit=3), "Again").completion_tokens == 3
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_stop_does_not_wait_for_a_long_computation(engine: Engine) -> None:
+    list(engine.load())
+    conversation = Conversation(engine, sampling=GREEDY)
+    assert engine.pid is not None
+    pieces: list[Piece] = []
+    for event in conversation.ask("Talk"):
+        if isinstance(event, Piece) and not pieces:
+            os.kill(engine.pid, signal.SIGSTOP)  # what a matrix that takes seconds looks like from outside
+            stopped = time.monotonic()
+            engine.stop()
+        if isinstance(event, Piece):
+            pieces.append(event)
+        last = event
+    assert time.monotonic() - stopped < 0.4
+    assert isinstance(last, Reply) and last.finish_reason == "stopped"
+    assert last.text == "".join(piece.text for piece in pieces) == conversation.turns[-1]["content"]
+    assert last.completion_tokens == pieces[-1].tokens and last.prompt_tokens > 5
+    os.kill(engine.pid, signal.SIGCONT)
+    again = ask(Conversation(engine, sampling=GREEDY, limit=3), "Again")
+    assert again.completion_tokens == 3 and again.finish_reason == "length"
 
 
 def test_a_reply_left_in_the_middle_does_not_leak_into_the_next(engine: Engine) -> None:

@@ -560,12 +560,12 @@ class CachedText:
         self.context = context
         self._sequence = sequence
 
-    def feed(self, tokens: ArrayLike, progress: Callable[[int, int], None] | None = None) -> int:
+    def feed(self, tokens: ArrayLike, progress: Callable[[int, int, int], None] | None = None) -> int:
         """Make the cache hold exactly these tokens, with the last one's logits ready to be sampled.
 
         Args:
             tokens: the whole text, of at least one token.
-            progress: called with (tokens done, tokens to do) after each batch.
+            progress: called with (tokens done, tokens to do, tokens that were there) before and after each micro-batch.
 
         Returns:
             How many tokens were in the cache already.
@@ -589,12 +589,14 @@ class CachedText:
             context.remove(self._sequence, 0)  # a recurrent state goes as a whole or not at all
             kept = 0
         del self.tokens[kept:]
-        for start in range(kept, total, context.batch):
-            part = wanted[start : start + context.batch]
+        for start in range(kept, total, context.micro_batch):
+            if progress is not None:
+                progress(start - kept, total - kept, kept)
+            part = wanted[start : start + context.micro_batch]
             places = np.arange(start, start + len(part))
             self._decode(part, places, places == total - 1)
-            if progress is not None:
-                progress(start + len(part) - kept, total - kept)
+        if progress is not None:
+            progress(total - kept, total - kept, kept)
         return kept
 
     def append(self, tokens: Sequence[int]) -> None:

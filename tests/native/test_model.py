@@ -116,9 +116,9 @@ def test_the_repeat_penalty_sees_accepted_tokens(model: Model, context: Context)
 def test_a_fed_text_reuses_its_common_start(model: Model, context: Context) -> None:
     text = CachedText(context)
     tokens = np.arange(10, 160)
-    steps: list[tuple[int, int]] = []
-    assert text.feed(tokens, lambda done, total: steps.append((done, total))) == 0
-    assert steps == [(64, 150), (128, 150), (150, 150)]
+    steps: list[tuple[int, int, int]] = []
+    assert text.feed(tokens, lambda *counts: steps.append(counts)) == 0
+    assert steps == [(done, 150, 0) for done in (0, 32, 64, 96, 128, 150)]
     with Sampler(model, GREEDY) as sampler:
         first = list(text.generate(sampler, 5))
     assert text.tokens == [*tokens.tolist(), *first[:4]]

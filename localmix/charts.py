@@ -94,6 +94,11 @@ class Chart:
     limit: float | None = None
     labelled: bool = True
 
+    def aside(self, index: int) -> float:
+        """Pixels by which a series is moved to the right, so that error bars at one place stand side by side."""
+        joined = sum(part.joined for part in self.series)
+        return (index - (joined - 1) / 2) * min(5.0, 20.0 / joined) if joined else 0.0
+
 
 def charts(rows: Sequence[QuantizationRow], points: Sequence[ContextPoint]) -> list[Chart]:
     """The charts for which there is something to draw: perplexity, divergence and speed over size, and over context.
@@ -278,7 +283,7 @@ def _over_context(points: Sequence[ContextPoint]) -> Chart | None:
     )
     words = ["Lower is better; the bars are standard errors." if any(p.error for p in shown) else "Lower is better."]
     if all(point.paired for point in shown):
-        words.append("Every context scores the same tokens.")
+        words.append("Every context scores the same tokens: differences along a curve are surer than the bars.")
     elif not mixed:
         words.append("Each context scores tokens of its own.")
     words.append(_hollow(series))

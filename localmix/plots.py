@@ -158,7 +158,8 @@ def _panel(axes: matplotlib.axes.Axes, chart: Chart, frame: tuple[float, float],
         axes.text(*labels.limit, LIMIT_TITLE, ha="center", va="center", fontweight="bold", color=INK)
     for index, series in enumerate(chart.series):
         colour = COLOURS[index % len(COLOURS)]
-        points = [pixel(mark.x, mark.y) for mark in series.marks]
+        aside = chart.aside(index)
+        points = [(x + aside, y) for x, y in (pixel(mark.x, mark.y) for mark in series.marks)]
         if series.joined:
             xs, ys = zip(*points, strict=True)
             style: Any = (0, (4, 3)) if series.published else "-"

@@ -65,12 +65,13 @@ def draw(chart: Chart, width: int, height: int, kind: str) -> str:
         colour = f"c{index % COLOURS}" if len(chart.series) > 1 else ""
         classes = f"series c{index % COLOURS}" + (" published" if series.published else "")
         parts.append(f'<g class="{classes}" role="group" aria-label="{text(series.title)}">')
+        aside = chart.aside(index)
         if series.joined:
-            path = " ".join(f"{number(px(mark.x))},{number(py(mark.y))}" for mark in series.marks)
+            path = " ".join(f"{number(px(mark.x) + aside)},{number(py(mark.y))}" for mark in series.marks)
             parts.append(f'<polyline class="curve" points="{path}" aria-hidden="true"/>')
         for mark, place in zip(series.marks, places.marks[index], strict=True):
             ends = tuple(map(py, chart.y.error_bar(mark)))
-            parts.append(_mark(mark, px(mark.x), py(mark.y), ends, index))
+            parts.append(_mark(mark, px(mark.x) + aside, py(mark.y), ends, index))
             if place is not None:
                 labels.append(_label(mark, place, left, px(mark.x), py(mark.y), colour))
         parts.append("</g>")

@@ -280,7 +280,9 @@ def quantization_table(rows: Sequence[QuantizationRow], caption: str = "") -> Ta
     if len({row.title for row in rows}) > 1 or any(row.origin == "published" for row in rows):
         add(Column("Model", number=False), lambda row: row.title)
     if len({row.corpus for row in rows}) > 1:
-        add(Column("Corpus", number=False), lambda row: row.corpus)
+        # published rows say that they are; among measured ones only the name tells texts apart
+        rank = 0 if len({row.corpus for row in rows if row.origin == "measured"}) > 1 else 6
+        add(Column("Corpus", number=False, rank=rank), lambda row: row.corpus)
     add(Column("Type", number=False), lambda row: row.type)
     add(Column(f"Size {unit}".strip()), lambda row: size_text(row.bytes))
     for quantity in quantities:

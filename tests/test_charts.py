@@ -53,6 +53,7 @@ def test_a_chart_for_each_thing_that_was_measured() -> None:
     assert list(found) == ["ppl", "kld", "speed", "context"]
     assert [mark.label for mark in found["ppl"].series[0].marks] == ["BF16", "Q8_0", "Q5_0", "Q4_0"]
     assert found["kld"].y.log
+    assert [chart.aside(0) for chart in found.values()] == [0, 0, 0, 0]
     assert [mark.label for mark in found["kld"].series[0].marks] == ["Q8_0", "Q5_0", "Q4_0"]
     assert "reference itself" in found["kld"].caption
     assert [mark.y for mark in found["speed"].series[0].marks] == pytest.approx(
@@ -145,6 +146,9 @@ def test_the_context_curves_keep_tokens_and_texts_apart() -> None:
     ]
     assert [text for _, text in chart.x.ticks] == ["256", "512", "1K"]
     assert chart.series[0].joined
+    # their error bars stand side by side
+    assert chart.aside(1) > 0
+    assert chart.aside(0) == -chart.aside(1)
     assert chart.series[0].marks[0].details[-1] == "900 tokens in 3 chunks"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import math
 import re
@@ -202,6 +203,14 @@ def test_a_wide_terminal_shows_everything(monkeypatch: pytest.MonkeyPatch) -> No
     lines = on_screen(monkeypatch, quantization_table(full_rows()), 260)
     assert len(lines) == 6
     assert "KLD max" in lines[0]
+
+
+def test_the_text_of_published_rows_may_be_left_out_and_of_measured_ones_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    published = row("Q8_0", 46, 4.4, origin="published", corpus="an unpublished text")
+    rows = [*full_rows(), published]
+    assert "Corpus" not in on_screen(monkeypatch, quantization_table(rows), 80)[0]
+    other = [dataclasses.replace(one, corpus="b.txt") for one in full_rows()]
+    assert "Corpus" in on_screen(monkeypatch, quantization_table([*rows, *other]), 80)[0]
 
 
 def test_the_narrowest_terminal_still_shows_whole_numbers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ from localmix.chat_events import (
     Event,
     Loaded,
     Loading,
+    Open,
     Overdue,
     Piece,
     Reading,
@@ -46,7 +47,6 @@ from localmix.sampling import Sampling
 from localmix.worker import Worker
 
 __all__ = [
-    "DEVICES",
     "Conversation",
     "DraftSettings",
     "Dropped",
@@ -64,7 +64,14 @@ __all__ = [
 
 TEMPLATE_SECONDS = 2.0
 STOP_SECONDS = 0.12  # how long a stopped reply may take to end by itself
-DEVICES = ("auto", "cpu", "cuda", "metal")
+
+
+def start_child() -> Worker:
+    """A child for an Engine that does not yet know its model; a context manager.
+
+    It gets ready, which takes as long as the parent needs to find out what to load.
+    """
+    return Worker(serve)
 
 
 class Engine:
@@ -73,12 +80,14 @@ class Engine:
     Args:
         path: the GGUF file.
         settings: how to load it.
+        child: one of `start_child` that runs already, to be used first.
     """
 
-    def __init__(self, path: Path, settings: EngineSettings) -> None:
+    def __init__(self, path: Path, settings: EngineSettings, child: Worker | None = None) -> None:
         self.path = path
         self.settings = settings
         self.loaded: Loaded | None = None
+        self._spare = child
         self._worker: Worker | None = None
         self._requests = 0
         self._stack = contextlib.ExitStack()
@@ -111,8 +120,14 @@ class Engine:
         """
         if self.loaded is None:
             self.close()
-            self._worker = self._stack.enter_context(Worker(serve, self.path, self.settings, state))
-            yield from self._until(Loaded, 0)
+            worker, self._spare = self._spare, None
+            if worker is None:
+                worker = self._stack.enter_context(start_child())
+            else:
+                self._stack.push(worker)
+            worker.subject = str(self.path)
+            self._worker = worker
+            yield from self._request(Open(self.path, self.settings, state), Loaded)
         elif state is not None:
             yield from self._request(RestoreState(state), Loaded)
 
@@ -164,7 +179,7 @@ class Engine:
             reminder.daemon = True
             reminder.start()
 
-    def _request(self, content: Ask | SaveState | RestoreState, last: type[Event]) -> Iterator[Event]:
+    def _request(self, content: Open | Ask | SaveState | RestoreState, last: type[Event]) -> Iterator[Event]:
         assert self._worker is not None
         self._requests += 1
         self._worker.send(Request(self._requests, content))
@@ -198,7 +213,7 @@ class Engine:
                     raise
                 if isinstance(answer, Rendering):
                     deadline.stop() if answer.finished else deadline.start()
-                elif isinstance(answer, Overdue) and answer.number == number > 0:
+                elif isinstance(answer, Overdue) and answer.number == number:
                     raise _OverdueError
                 elif isinstance(answer, Answer) and answer.number == number:
                     if isinstance(answer.content, LocalmixError):

@@ -39,7 +39,6 @@ class EngineSettings:
     Attributes:
         context: positions of the KV cache.
         threads: None for the physical cores.
-        device: one of `chat.DEVICES`; auto takes a GPU where there is one. Only without a `placement`.
         placement: what lies on which device.
         repack: reorder weights for this processor; faster, but in memory of their own.
         kv_type: type of the KV cache, one of `KV_TYPES`.
@@ -51,7 +50,6 @@ class EngineSettings:
 
     context: int = 4096
     threads: int | None = None
-    device: str = "auto"
     placement: Placement = ANYWHERE
     repack: bool = True
     kv_type: str = "f16"
@@ -165,6 +163,19 @@ Event = Loading | Loaded | Dropped | Reading | Piece | Reply | StateSaved
 
 
 @dataclass(frozen=True)
+class Open:
+    """A request to load a model, the first one.
+
+    Attributes:
+        state: a file to fill the KV cache from.
+    """
+
+    path: Path
+    settings: EngineSettings
+    state: Path | None = None
+
+
+@dataclass(frozen=True)
 class Ask:
     """A request for the next message.
 
@@ -199,12 +210,12 @@ class Request:
     """What the parent sends, numbered so that its answers can be told from those of others."""
 
     number: int
-    content: Ask | SaveState | RestoreState
+    content: Open | Ask | SaveState | RestoreState
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the child sends: an event or an error, for the request of that number; 0 is loading.
+    """What the child sends: an event or an error, for the request of that number.
 
     A reply that nobody listened to to its end leaves answers behind, which the number tells apart.
     """

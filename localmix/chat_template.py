@@ -11,6 +11,7 @@ import datetime
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from localmix.errors import InputError
@@ -45,6 +46,12 @@ def render(
             return render(template, _without_system(messages), bos=bos, eos=eos, subject=subject)
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise InputError(f"The chat template of {subject} fails: {reason}.") from error
+
+
+def prepare() -> None:
+    """Load the template language before it is needed."""
+    import jinja2.ext
+    import jinja2.sandbox  # noqa: F401
 
 
 class _TooMuch(Exception):
@@ -112,10 +119,9 @@ def _limited_memory() -> Iterator[None]:
         return
     import resource
 
-    import psutil
-
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = psutil.Process().memory_info().vms + MEMORY_LIMIT
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + MEMORY_LIMIT
     if hard != resource.RLIM_INFINITY:
         limit = min(limit, hard)
     if soft != resource.RLIM_INFINITY:

@@ -20,6 +20,7 @@ from localmix.chat_events import (
     Event,
     Loaded,
     Loading,
+    Open,
     Piece,
     Reading,
     Rendering,
@@ -40,16 +41,36 @@ if TYPE_CHECKING:
     from localmix.rope_scaling import RopeScaling
 
 REPLY_PART = 4  # a reply has room for 1/4 of the context, or for its limit
+PIECE_SECONDS = 0.01
 KEPT_PART = 2  # of a full context, turns of 1/2 are kept
 _NAMED_TEMPLATE = "tokenizer.chat_template."
-_DEVICE_NAMES = {"cuda": ("CUDA",), "metal": ("Metal", "MTL")}
 
 
-def serve(channel: Channel, path: Path, settings: EngineSettings, state: Path | None = None) -> None:
-    """The child's job: load the model, then answer requests until the parent ends it."""
+def serve(channel: Channel) -> None:
+    """The child's job: load the model that the first request names, then answer requests until the parent ends it."""
+    _prepare()
+    request = channel.receive()
+    try:
+        _serve(channel, request.number, request.content)
+    except LocalmixError as error:
+        channel.emit(Answer(request.number, error))
+        raise
+
+
+def _prepare() -> None:
+    """Load what takes time and does not depend on the model; the parent is still busy choosing it."""
+    from localmix.native import model  # noqa: F401
+    from localmix.native.library import api
+
+    api()
+    chat_template.prepare()
+
+
+def _serve(channel: Channel, number: int, opening: Open) -> None:
     from localmix.native.model import Context, Model
     from localmix.tensor_types import TensorType
 
+    settings = opening.settings
     started = time.monotonic()
     shown = -1.0
 
@@ -57,10 +78,9 @@ def serve(channel: Channel, path: Path, settings: EngineSettings, state: Path | 
         nonlocal shown
         if share - shown >= 0.01:
             shown = share
-            channel.emit(Answer(0, Loading(share)))
+            channel.emit(Answer(number, Loading(share)))
 
     kv_type = TensorType[settings.kv_type.upper()]
-    placement = _placement(settings)
     with ExitStack() as stack:
 
         def load(file: Path, where: Placement, rope: RopeScaling | None) -> Context:
@@ -77,36 +97,18 @@ def serve(channel: Channel, path: Path, settings: EngineSettings, state: Path | 
             )
             return stack.enter_context(context)
 
-        context = load(path, placement, settings.rope)
+        context = load(opening.path, settings.placement, settings.rope)
         draft = None
         if settings.draft is not None and settings.draft.model is not None:
-            draft = load(settings.draft.model, settings.draft.placement or placement, None)
+            draft = load(settings.draft.model, settings.draft.placement or settings.placement, None)
         desk = _Desk(channel, settings, context, draft)
-        channel.emit(Answer(0, desk.loaded(state, started)))
+        channel.emit(Answer(number, desk.loaded(opening.state, started)))
         while True:
             request = channel.receive()
             try:
                 desk.answer(request.number, request.content)
             except LocalmixError as error:
                 channel.emit(Answer(request.number, error))
-
-
-def _placement(settings: EngineSettings) -> Placement:
-    """What lies on a GPU.
-
-    Raises:
-        UsageError: a kind of GPU is asked for that this build or machine does not have.
-    """
-    from localmix.native.devices import PROCESSOR, devices
-
-    if settings.device in _DEVICE_NAMES and not any(
-        found.name.startswith(_DEVICE_NAMES[settings.device]) for found in devices()
-    ):
-        raise UsageError(
-            f"llama.cpp finds no {settings.device.upper()} device here.",
-            f"Build it in with `make setup BACKEND={settings.device}`; `localmix doctor` lists the devices.",
-        )
-    return PROCESSOR if settings.device == "cpu" else settings.placement
 
 
 def _speculation(settings: DraftSettings | None, text: CachedText, draft: Context | None) -> Speculation | None:
@@ -338,10 +340,18 @@ class _Text:
         self._send = send
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
+        self._waiting = ""
+        self._sent = 0.0
+
     def write(self, data: bytes, tokens: int, final: bool = False) -> None:
         text = self._decoder.decode(data, final)
         if not self.parts:
             text = text.lstrip()  # sentencepiece begins every word with a space
         if text:
             self.parts.append(text)
-            self._send(Piece(text, tokens))
+        self._waiting += text
+        now = time.monotonic()
+        # a fast model's tokens go together: sending each alone costs it time, and nobody reads that fast
+        if self._waiting and (final or now - self._sent >= PIECE_SECONDS):
+            self._send(Piece(self._waiting, tokens))
+            self._waiting, self._sent = "", now

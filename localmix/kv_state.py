@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 from localmix.errors import FileError
-from localmix.output import file_error
 
 MAGIC = b"localmix-kv-1\n"
 _FOOTER_LIMIT = 65536
@@ -68,6 +67,8 @@ def write_state(path: Path, key: Mapping[str, object], tokens: int, save: Callab
                 partial.unlink()
             raise
     except OSError as error:
+        from localmix.output import file_error
+
         raise file_error(error, path, "write") from error
     return StateFile(tokens, total)
 

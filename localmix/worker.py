@@ -188,7 +188,7 @@ class Worker:
     Args:
         function: called in the child as `function(channel, *args, **kwargs)`; importable by its name.
         args, kwargs: anything that pickles.
-        subject: the file that error sentences name; by default the first Path among `args`.
+        subject: the file that error sentences name; by default the first Path among `args`. It may be set later.
 
     Raises (while iterating):
         LocalmixError: raised by the function itself, unchanged.
@@ -205,7 +205,7 @@ class Worker:
         self._call = pickle.dumps((function, args, kwargs), protocol=pickle.HIGHEST_PROTOCOL)
         if subject is None:
             subject = next((value for value in args if isinstance(value, Path)), None)
-        self._subject = str(subject) if subject is not None else ""
+        self.subject = str(subject) if subject is not None else ""
         self._events: queue.Queue[tuple[str, Any]] = queue.Queue()
         self._sent = 0
         self._finished = False
@@ -330,7 +330,7 @@ class Worker:
             process.kill()
         self._log.seek(max(0, self._log.seek(0, os.SEEK_END) - LOG_BYTES))
         log = self._log.read().decode("utf-8", "replace")
-        return explain_death(process.wait(), log, self._subject)
+        return explain_death(process.wait(), log, self.subject)
 
 
 # The same deaths on Windows, by exit status: abort, access violation, fast fail, in-page error.

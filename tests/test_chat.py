@@ -13,8 +13,19 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from localmix import chat
-from localmix.chat import Conversation, DraftSettings, Dropped, Engine, EngineSettings, Loaded, Piece, Reading, Reply
+from localmix import chat, chat_worker
+from localmix.chat import (
+    Conversation,
+    DraftSettings,
+    Dropped,
+    Engine,
+    EngineSettings,
+    Loaded,
+    Piece,
+    Reading,
+    Reply,
+    start_child,
+)
 from localmix.errors import CapacityError, InputError, UsageError
 from localmix.grammar import from_json_schema
 from localmix.sampling import Sampling
@@ -329,12 +340,32 @@ def test_without_a_template_the_text_is_continued(tmp_path: Path) -> None:
         assert ask(Conversation(engine, limit=3), "Once upon a time").completion_tokens <= 3
 
 
-def test_a_device_that_is_not_there(model: Path) -> None:
-    with (
-        Engine(model, EngineSettings(device="metal")) as engine,
-        pytest.raises(UsageError, match="BACKEND=metal"),
-    ):
-        list(engine.load())
+def test_a_child_that_was_started_before_its_model_was_known(model: Path, tmp_path: Path) -> None:
+    with start_child() as child, Engine(model, EngineSettings(context=64, threads=1), child) as engine:
+        assert ask(Conversation(engine, limit=2), "Hello").completion_tokens == 2
+        assert engine.pid == child.pid
+        engine.close()
+        assert ask(Conversation(engine, limit=2), "Hello").completion_tokens == 2
+        assert engine.pid != child.pid
+    started = time.monotonic()
+    with start_child():
+        pass
+    assert time.monotonic() - started < 2
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(model.read_bytes()[:5000])
+    with start_child() as child, Engine(broken, EngineSettings(), child) as engine:
+        for _ in range(2):
+            with pytest.raises(InputError, match="cannot load broken"):
+                list(engine.load())
+
+
+def test_a_fast_models_pieces_are_sent_together(engine: Engine) -> None:
+    list(engine.load())
+    started = time.monotonic()
+    events = list(Conversation(engine, sampling=GREEDY, limit=300).ask("Talk"))
+    pieces = [event for event in events if isinstance(event, Piece)]
+    assert isinstance(events[-1], Reply) and "".join(piece.text for piece in pieces) == events[-1].text
+    assert len(pieces) <= (time.monotonic() - started) / chat_worker.PIECE_SECONDS + 2
 
 
 def test_the_same_seed_gives_the_same_reply(engine: Engine) -> None:

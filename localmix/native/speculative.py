@@ -28,7 +28,7 @@ from localmix.errors import UsageError
 from localmix.native.chooser import Chooser
 from localmix.native.model import CachedText, Context, Model
 
-LONGEST_DRAFT = 16
+LONGEST_DRAFT = 16  # how far an adaptive length grows
 NGRAM_SIZES = (4, 3, 2)
 _TIMED_STEPS = 32
 
@@ -120,7 +120,7 @@ class Speculation:
         self.drafted = self.accepted = 0
         self._text = text
         self._drafter = drafter
-        self._first_length = max(1, min(length, LONGEST_DRAFT))
+        self._first_length = max(1, length)
         self._adaptive = adaptive
         self._single_seconds: deque[float] = deque(maxlen=_TIMED_STEPS)
 
@@ -136,6 +136,7 @@ class Speculation:
         free = chooser.without_grammar()
         self.drafted = self.accepted = 0
         length = self._first_length
+        longest = max(length, LONGEST_DRAFT)
         last = chooser.draw(chooser.probabilities(context.logits()[-1], text.tokens))
         chooser.accept(last)
         yield last
@@ -155,7 +156,7 @@ class Speculation:
                 self.drafted += len(proposal)
                 self.accepted += taken
                 if self._adaptive:
-                    length = min(length + 2, LONGEST_DRAFT) if taken == len(proposal) else max(length - 1, 1)
+                    length = min(length + 2, longest) if taken == len(proposal) else max(length - 1, 1)
             else:
                 self._single_seconds.append(time.monotonic() - started)
             yield from said

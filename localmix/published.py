@@ -41,6 +41,11 @@ class PublishedTable:
     printed_sizes: Mapping[str, float]
     notes: tuple[str, ...]
 
+    @property
+    def about(self) -> tuple[str, ...]:
+        """What has to be said beside the figures: where they come from, and the notes."""
+        return (f"Published figures: {self.source}.", *self.notes)
+
 
 @functools.cache
 def load() -> Mapping[str, PublishedTable]:

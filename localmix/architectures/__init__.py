@@ -8,10 +8,13 @@ from typing import Any
 
 from localmix.architectures.base import Architecture
 from localmix.architectures.llama import LLAMA, MISTRAL, MIXTRAL
+from localmix.architectures.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
 from localmix.errors import InputError
 from localmix.sources.documents import shown
 
-ARCHITECTURES: Mapping[str, Architecture] = {row.model_type: row for row in (LLAMA, MISTRAL, MIXTRAL)}
+ARCHITECTURES: Mapping[str, Architecture] = {
+    row.model_type: row for row in (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE)
+}
 
 
 def find_architecture(config: Mapping[str, Any], path: Path) -> Architecture:

@@ -10,10 +10,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from localmix.errors import InputError
 from localmix.sources.base import MetaValue
@@ -21,6 +24,10 @@ from localmix.sources.documents import shown
 
 Number = int | float | bool
 Settings = Mapping[str, Number]
+
+# Blocks of stored rows, `[blocks, rows, columns]` → rows of the GGUF tensor, `[blocks, rows', columns']`; the
+# lengths are those of `Architecture.dimensions`.
+Rearrange = Callable[[npt.NDArray[Any], Mapping[str, int]], npt.NDArray[Any]]
 
 # llama.cpp's own limits (LLAMA_MAX_LAYERS, LLAMA_MAX_EXPERTS in src/llama-hparams.h of the pin).
 MOST_LAYERS = 512
@@ -44,6 +51,7 @@ QUANTIZED_ENDINGS: Mapping[str, str] = {
     ".weight.absmax": "bitsandbytes 4 bit",
     ".weight.quant_map": "bitsandbytes 4 bit",
     "_blocks": "MXFP4",
+    "_scales": "MXFP4",
 }
 
 
@@ -68,6 +76,7 @@ class Setting:
             a function of the settings before it, or `Rule.REFUSE`.
         keys: GGUF metadata keys that carry it; `{arch}` is the architecture.
         write: makes the metadata value.
+        aliases: further names that it has had.
     """
 
     name: str
@@ -78,6 +87,7 @@ class Setting:
     null: Default = Rule.REFUSE
     keys: tuple[str, ...] = ()
     write: Callable[[Any], MetaValue] | None = None
+    aliases: tuple[str, ...] = ()
 
     def read(self, config: Mapping[str, Any], before: Settings, path: Path) -> Number | None:
         """The checked value.
@@ -85,7 +95,7 @@ class Setting:
         Raises:
             InputError: missing, null, of the wrong kind or out of range.
         """
-        value = config.get(self.name)
+        value = next((config[name] for name in (self.name, *self.aliases) if config.get(name) is not None), None)
         if value is None:
             default = self.null if self.name in config else self.absent
             if isinstance(default, Rule):
@@ -103,6 +113,18 @@ class Setting:
 
 
 _KIND_NAMES: Mapping[type, str] = {int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def always(settings: Settings, layer: int | None) -> bool:
+    """Of every model and layer: what most rules are about."""
+    return True
+
+
+def interleave_halves(blocks: npt.NDArray[Any], lengths: Mapping[str, int]) -> npt.NDArray[Any]:
+    """Rows of whole heads, from transformers' rotary halves to llama.cpp's pairs: 0, h/2, 1, h/2 + 1, …"""
+    count, rows, columns = blocks.shape
+    halves = blocks.reshape(count, 2, rows // 2, columns)
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(blocks.shape)
 
 
 class Presence(Enum):
@@ -125,6 +147,11 @@ class TensorRule:
             keep the two rotary halves of a head one after the other, llama.cpp interleaves them.
         presence: whether the tensor must be there.
         float32: kept as F32 in every GGUF file, whatever the checkpoint holds.
+        applies: whether a model of these settings has the tensor, in this layer.
+        stored: names of the dimensions in the checkpoint, where they differ.
+        blocks: dimension that counts the blocks which `rearrange` works on.
+        rearrange: makes rows of the GGUF tensor from blocks of stored rows.
+        shift: added to every value; only for tensors that are F32.
     """
 
     source: str
@@ -133,6 +160,11 @@ class TensorRule:
     heads: str = ""
     presence: Presence = Presence.ALWAYS
     float32: bool = False
+    applies: Callable[[Settings, int | None], bool] = always
+    stored: tuple[str, ...] = ()
+    blocks: str = ""
+    rearrange: Rearrange | None = None
+    shift: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -142,19 +174,25 @@ class ExpectedTensor:
     Attributes:
         name: GGUF name.
         shape: GGUF shape in numpy order.
+        stored: shape of the tensor in the checkpoint; of one expert's, where they are stacked.
         source: checkpoint name; `{expert}` stands for the number of the expert in a stacked tensor.
-        heads: heads whose rows are permuted; 0 keeps the rows as they are.
+        blocks: number of blocks of rows that are rearranged; 0 keeps the rows as they are.
+        rearrange: makes GGUF rows of blocks of stored rows, `[blocks, rows, columns]`.
         required: a checkpoint without it is incomplete.
         float32: always F32 in the GGUF file.
+        shift: added to every value.
         layer: number of the layer, None outside of the layers.
     """
 
     name: str
     shape: tuple[int, ...]
+    stored: tuple[int, ...]
     source: str
-    heads: int
+    blocks: int
+    rearrange: Callable[[npt.NDArray[Any]], npt.NDArray[Any]] | None
     required: bool
     float32: bool
+    shift: float
     layer: int | None
 
     @property
@@ -184,6 +222,30 @@ class Derived:
     notes: Sequence[str] = ()
 
 
+def check_grouped_attention(settings: Settings, path: Path) -> None:
+    """Relations between settings that every transformer with grouped-query attention keeps.
+
+    Raises:
+        InputError: they contradict each other.
+    """
+    heads, kv_heads = settings["num_attention_heads"], settings["num_key_value_heads"]
+    if heads % kv_heads:
+        raise InputError(f"{path}: {heads} attention heads cannot share {kv_heads} key-value heads evenly.")
+    if "head_dim" not in settings and settings["hidden_size"] % heads:
+        raise InputError(f"{path}: hidden_size {settings['hidden_size']} is not a multiple of {heads} heads.")
+    size = settings.get("head_dim", settings["hidden_size"] // heads)
+    if size % 2:
+        raise InputError(f"{path}: heads of {size} cannot be rotated; the size of a head must be even.")
+    check_experts(settings, path)
+
+
+def check_experts(settings: Settings, path: Path) -> None:
+    """Raise InputError when a token is to use more experts than there are."""
+    used, experts = settings.get("num_experts_per_tok", 0), settings.get("num_local_experts", math.inf)
+    if used > experts:
+        raise InputError(f"{path}: {used} experts per token of only {experts}.")
+
+
 @dataclass(frozen=True)
 class Architecture:
     """One row: a `model_type` of transformers and how it becomes a GGUF file.
@@ -197,6 +259,12 @@ class Architecture:
         dimensions: lengths for the names in the rules' shapes.
         derive: what is computed beyond the plain numbers.
         extra_tokens: ids of special tokens that belong to a vocabulary of exactly that size.
+        vocabulary: key-values that replace the tokenizer's own.
+        check: refuses settings that contradict each other.
+        expects: what config.json says wherever it says anything: llama.cpp has nothing else for this model.
+        section: object of config.json that holds the settings of the text model, where there is one.
+        renames: pattern in a checkpoint's tensor name → what replaces it, before names are compared.
+        elsewhere: pattern of names that belong to other parts of the checkpoint (a vision tower, a pooler).
     """
 
     model_type: str
@@ -206,7 +274,32 @@ class Architecture:
     rules: tuple[TensorRule, ...]
     dimensions: Callable[[Settings], Mapping[str, int]]
     derive: Callable[[Mapping[str, Any], Settings, Path], Derived]
-    extra_tokens: Mapping[int, Mapping[str, int]]
+    extra_tokens: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
+    vocabulary: Mapping[str, MetaValue] = field(default_factory=dict)
+    check: Callable[[Settings, Path], None] = check_grouped_attention
+    expects: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    section: str = ""
+    renames: Mapping[str, str] = field(default_factory=dict)
+    elsewhere: str = ""
+
+    def text_config(self, config: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+        """The configuration of the text model: config.json, with the row's section laid over it.
+
+        Raises:
+            InputError: the section is no object.
+        """
+        section = config.get(self.section) if self.section else None
+        if section is None:
+            return config
+        if not isinstance(section, dict):
+            raise InputError(f"{path}: {self.section} is {shown(section)}, not an object.")
+        return {**config, **section}
+
+    def rename(self, name: str) -> str:
+        """A tensor's name as the rules have it."""
+        for pattern, replacement in self.renames.items():
+            name = re.sub(pattern, replacement, name)
+        return name
 
     def settings(self, config: Mapping[str, Any], path: Path) -> dict[str, Number]:
         """Every setting that has a value, checked.
@@ -223,7 +316,13 @@ class Architecture:
             value = row.read(config, found, path)
             if value is not None:
                 found[row.name] = value
-        _require_divisible(found, path)
+        for name, accepted in self.expects.items():
+            if config.get(name) is not None and config[name] not in accepted:
+                raise InputError(
+                    f"{path}: {name} is {shown(config[name])}; llama.cpp computes {self.model_type} models with "
+                    f"{' or '.join(map(shown, accepted))} only."
+                )
+        self.check(found, path)
         return found
 
     def metadata(self, settings: Settings) -> dict[str, MetaValue]:
@@ -238,42 +337,31 @@ class Architecture:
     def tensors(self, settings: Settings) -> list[ExpectedTensor]:
         """All tensors of a model of these settings, optional ones included, in the order they are written."""
         lengths = self.dimensions(settings)
-        expected: list[ExpectedTensor] = []
         layered = [rule for rule in self.rules if "{layer}" in rule.source]
         first = self.rules.index(layered[0])
-        expected += [_expand(rule, settings, lengths, None) for rule in self.rules[:first]]
-        for layer in range(int(settings["num_hidden_layers"])):
-            expected += [_expand(rule, settings, lengths, layer) for rule in layered]
-        expected += [_expand(rule, settings, lengths, None) for rule in self.rules[first + len(layered) :]]
-        return expected
+        every: list[tuple[TensorRule, int | None]] = [(rule, None) for rule in self.rules[:first]]
+        every += [(rule, layer) for layer in range(int(settings["num_hidden_layers"])) for rule in layered]
+        every += [(rule, None) for rule in self.rules[first + len(layered) :]]
+        return [_expand(rule, settings, lengths, layer) for rule, layer in every if rule.applies(settings, layer)]
 
 
 def _expand(rule: TensorRule, settings: Settings, lengths: Mapping[str, int], layer: int | None) -> ExpectedTensor:
     source = rule.source if layer is None else rule.source.replace("{layer}", str(layer))
     target = rule.target if layer is None else rule.target.replace("{layer}", str(layer))
     shape = tuple(lengths[dimension] for dimension in rule.shape)
-    tied = bool(settings["tie_word_embeddings"])
+    stored = tuple(lengths[dimension] for dimension in rule.stored or rule.shape)
+    rearrange = interleave_halves if rule.heads else rule.rearrange
+    blocks = int(settings[rule.heads]) if rule.heads else lengths[rule.blocks] if rule.blocks else 0
+    tied = bool(settings.get("tie_word_embeddings", False))
     return ExpectedTensor(
         name=target,
         shape=shape,
+        stored=stored if rule.stored or "{expert}" not in source else stored[1:],
         source=source,
-        heads=int(settings[rule.heads]) if rule.heads else 0,
+        blocks=blocks,
+        rearrange=(lambda rows: rearrange(rows, lengths)) if rearrange is not None else None,
+        shift=rule.shift,
         required=rule.presence is Presence.ALWAYS or (rule.presence is Presence.UNLESS_TIED and not tied),
         float32=rule.float32 or len(shape) < 2,
         layer=layer,
     )
-
-
-def _require_divisible(settings: Settings, path: Path) -> None:
-    """Relations between settings that every transformer with grouped-query attention keeps."""
-    heads, kv_heads = settings["num_attention_heads"], settings["num_key_value_heads"]
-    if heads % kv_heads:
-        raise InputError(f"{path}: {heads} attention heads cannot share {kv_heads} key-value heads evenly.")
-    if "head_dim" not in settings and settings["hidden_size"] % heads:
-        raise InputError(f"{path}: hidden_size {settings['hidden_size']} is not a multiple of {heads} heads.")
-    size = settings.get("head_dim", settings["hidden_size"] // heads)
-    if size % 2:
-        raise InputError(f"{path}: heads of {size} cannot be rotated; the size of a head must be even.")
-    used, experts = settings.get("num_experts_per_tok", 0), settings.get("num_local_experts", math.inf)
-    if used > experts:
-        raise InputError(f"{path}: {used} experts per token of only {experts}.")

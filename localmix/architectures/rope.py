@@ -104,13 +104,20 @@ SCALINGS: Mapping[str, Scaling] = {
 
 
 def derive_rope(
-    architecture: str, theta: Setting, config: Mapping[str, Any], settings: Settings, path: Path
+    architecture: str,
+    theta: Setting,
+    config: Mapping[str, Any],
+    settings: Settings,
+    path: Path,
+    *,
+    dimensions: bool = True,
 ) -> Derived:
     """The rotary embedding's keys, tensor and notes.
 
     Args:
         architecture: llama.cpp's name, the prefix of the keys.
         theta: where the base frequency is found and what it is by default.
+        dimensions: write how many dimensions of a head are rotated; else llama.cpp rotates them all.
 
     Raises:
         InputError: a block that is no object, a type nobody here knows, or impossible numbers.
@@ -129,7 +136,9 @@ def derive_rope(
             f"Known are {', '.join(SCALINGS)}.",
         )
     head_size = int(settings.get("head_dim", settings["hidden_size"] // settings["num_attention_heads"]))
-    metadata: dict[str, MetaValue] = {f"{architecture}.rope.dimension_count": u32(head_size)}
+    metadata: dict[str, MetaValue] = {}
+    if dimensions:
+        metadata[f"{architecture}.rope.dimension_count"] = u32(head_size)
     if scaling.gguf:
         metadata[f"{architecture}.rope.scaling.type"] = text(scaling.gguf)
     found: dict[str, Number] = {}

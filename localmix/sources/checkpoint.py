@@ -6,11 +6,12 @@ that before the first weight is read. A folder without weights gives a source th
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ class _Layout:
     """Where the rows of one GGUF tensor come from: stored tensors one after the other, or computed values."""
 
     parts: tuple[StoredTensor, ...]
-    heads: int
+    tensor: ExpectedTensor | None = None
     values: npt.NDArray[np.float32] | None = None
 
 
@@ -131,12 +132,15 @@ class Checkpoint(Source):
         while start < stop:
             number, first = divmod(start, rows_of_part)
             last = min(rows_of_part, first + stop - start)
-            rows = _read_rows(layout.parts[number], tensor, layout.heads, first, last)
+            rows = _read_rows(layout.parts[number], layout.tensor, rows_of_part, first, last)
             pieces.append(_as_type(rows, layout.parts[number].dtype, tensor.type))
             start += last - first
-        if len(pieces) == 1:
-            return pieces[0]
-        return np.concatenate(pieces) if pieces else np.empty((0, tensor.columns), FLOAT_TYPES[tensor.type])
+        if not pieces:
+            return np.empty((0, tensor.columns), FLOAT_TYPES[tensor.type])
+        found = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        if layout.tensor is not None and layout.tensor.shift:
+            found = found + np.float32(layout.tensor.shift)
+        return found
 
     def files(self) -> Sequence[Path]:
         return [shard.path for shard in self._shards]
@@ -150,24 +154,23 @@ class Checkpoint(Source):
             shard.close()
 
 
-def _read_rows(part: StoredTensor, tensor: TensorInfo, heads: int, first: int, last: int) -> npt.NDArray[Any]:
-    """Rows `[first:last)` of one stored tensor in the order of the GGUF file, in the stored dtype."""
-    if len(tensor.shape) == 1:
+def _read_rows(part: StoredTensor, tensor: ExpectedTensor | None, rows: int, first: int, last: int) -> npt.NDArray[Any]:
+    """Rows `[first:last)` of the `rows` that one stored tensor gives the GGUF file, in the stored dtype."""
+    blocks, rearrange = (tensor.blocks, tensor.rearrange) if tensor is not None else (0, None)
+    if len(part.shape) == 1:
         values = part.read_rows(0, part.shape[0])
-        return (_interleave(values, part.shape[0] // heads) if heads else values).reshape(1, -1)[first:last]
-    if not heads:
+        if rearrange:
+            values = rearrange(values.reshape(blocks, -1, 1))
+        return values.reshape(rows, -1)[first:last]
+    part = replace(part, shape=(math.prod(part.shape[:-1]), part.shape[-1]))
+    if not rearrange:
         return part.read_rows(first, last)
-    # Rows move within their head only, so the heads that the slice touches are read whole.
-    size = part.shape[0] // heads
-    start = first // size * size
-    stop = -(-last // size) * size
-    return _interleave(part.read_rows(start, stop), size)[first - start : last - start]
-
-
-def _interleave(rows: npt.NDArray[Any], head_size: int) -> npt.NDArray[Any]:
-    """Rows of whole heads, from transformers' rotary halves to llama.cpp's pairs: 0, h/2, 1, h/2 + 1, …"""
-    halves = rows.reshape(-1, 2, head_size // 2, rows.shape[1])
-    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows.shape)
+    # Rows move within their block only, so the blocks that the slice touches are read whole.
+    given, taken = rows // blocks, part.shape[0] // blocks
+    start, stop = first // given, -(-last // given)
+    stored = part.read_rows(start * taken, stop * taken).reshape(stop - start, taken, -1)
+    made = rearrange(stored)
+    return made.reshape(-1, made.shape[-1])[first - start * given : last - start * given]
 
 
 def _as_type(rows: npt.NDArray[Any], dtype: str, kind: TensorType) -> npt.NDArray[Any]:
@@ -195,14 +198,15 @@ def open_checkpoint(path: Path, *, pre: str | None = None) -> Source:
     config_path = path / CONFIG
     if CONFIG not in names:
         raise InputError(f"{path} has no {CONFIG}, so it is not a checkpoint.", _hint_without_config(names))
-    config = read_object(config_path)
+    config: Mapping[str, Any] = read_object(config_path)
     _refuse_quantized_config(config, config_path)
     row = find_architecture(config, config_path)
+    config = row.text_config(config, config_path)
     settings = row.settings(config, config_path)
     notes: list[str] = []
     with ExitStack() as opened:
         shards = _open_shards(path, names, opened)
-        stored = _collect(path, shards, notes)
+        stored = _collect(path, row, shards, notes)
         if shards:
             settings["vocab_size"] = _embedding_rows(row, settings, stored, config_path, notes)
         derived = row.derive(config, settings, config_path)
@@ -215,13 +219,13 @@ def open_checkpoint(path: Path, *, pre: str | None = None) -> Source:
             if tensor.name in layouts or (tensor.required and not shards):
                 kind = _handed_out_as(tensor, layouts.get(tensor.name), float_type)
                 tensors.append(TensorInfo(tensor.name, tensor.shape, kind))
-        layouts |= {name: _Layout((), 0, values) for name, values in derived.tensors.items()}
+        layouts |= {name: _Layout((), values=values) for name, values in derived.tensors.items()}
         metadata = _general_metadata(path, row, tensors)
         metadata |= row.metadata(settings)
         metadata |= derived.metadata
         if shards or has_tokenizer(path):
             tokenizer = read_tokenizer(path, config, int(settings["vocab_size"]), row.extra_tokens, pre)
-            metadata |= tokenizer.metadata
+            metadata |= {**tokenizer.metadata, **row.vocabulary}
             notes += tokenizer.notes
         opened.pop_all()
     if not shards:
@@ -331,16 +335,21 @@ def _compare_with_index(path: Path, weight_map: Mapping[str, str], shards: Seque
             raise InputError(f"{shard.path} disagrees with {path.name}: it {' and '.join(problems)}.", _DOWNLOAD)
 
 
-def _collect(path: Path, shards: Sequence[Shard], notes: list[str]) -> dict[str, StoredTensor]:
-    """All tensors of all shards by name, without known leftovers.
+def _collect(path: Path, row: Architecture, shards: Sequence[Shard], notes: list[str]) -> dict[str, StoredTensor]:
+    """All tensors of all shards by the names that the row's rules have, without known leftovers.
 
     Raises:
         InputError: a tensor in two shards, quantized weights, or weights that are not floating point.
     """
     stored: dict[str, StoredTensor] = {}
     dropped: list[str] = []
+    elsewhere: list[str] = []
     for shard in shards:
-        for name, tensor in shard.tensors.items():
+        for own_name, tensor in shard.tensors.items():
+            name = row.rename(own_name)
+            if row.elsewhere and re.search(row.elsewhere, name):
+                elsewhere.append(own_name)
+                continue
             if name in stored:
                 both = f"{stored[name].file.path.name} and in {shard.path.name}"
                 raise InputError(f"{path}: tensor {shown(name)} is in {both}.", _DOWNLOAD)
@@ -362,6 +371,11 @@ def _collect(path: Path, shards: Sequence[Shard], notes: list[str]) -> dict[str,
                 f"weights must be {', '.join(WEIGHT_DTYPES)}.",
                 _UNQUANTIZED,
             )
+    if elsewhere:
+        notes.append(
+            f"{path}: {len(elsewhere)} tensors are of parts that a GGUF file of this model does not have: "
+            f"{listed(elsewhere, 3)}."
+        )
     if dropped:
         notes.append(f"{path}: {len(dropped)} leftover tensors are dropped: {listed(dropped, 3)}.")
     return stored
@@ -402,10 +416,10 @@ def _match(
     lacking: list[ExpectedTensor] = []
     for tensor in expected:
         parts = [stored[name] for name in tensor.sources if name in stored]
-        used.update(part.name for part in parts)
+        used.update(name for name in tensor.sources if name in stored)
         if len(parts) == (tensor.shape[0] if tensor.stacked else 1):
             _require_shape(tensor, parts)
-            layouts[tensor.name] = _Layout(tuple(parts), tensor.heads)
+            layouts[tensor.name] = _Layout(tuple(parts), tensor)
         elif parts or tensor.required:
             lacking.append(tensor)
     problems = _missing_sentences(lacking, stored)
@@ -421,11 +435,11 @@ def _match(
 
 
 def _require_shape(tensor: ExpectedTensor, parts: Iterable[StoredTensor]) -> None:
-    shape = tensor.shape[1:] if tensor.stacked else tensor.shape
     for part in parts:
-        if part.shape != shape:
+        if part.shape != tensor.stored:
             raise InputError(
-                f"{part.file.path}: {part.name} has the shape {list(part.shape)}, config.json asks for {list(shape)}.",
+                f"{part.file.path}: {part.name} has the shape {list(part.shape)}, "
+                f"config.json asks for {list(tensor.stored)}.",
                 "config.json and weights belong to different models.",
             )
 

@@ -7,8 +7,9 @@ Run it in an environment of its own, from the root of the repository:
     /tmp/upstream/bin/pip install torch transformers sentencepiece gguf pyyaml
     /tmp/upstream/bin/python tests/conformance/record_convert.py LLAMA_CPP [FOLDER…]
 
-LLAMA_CPP is the folder with convert_hf_to_gguf.py. Without a FOLDER all shapes of tests/checkpoints.py are
-recorded; with folders those checkpoints are (`examples/tinymix` → `fixtures/tinymix.json`).
+LLAMA_CPP is the folder with convert_hf_to_gguf.py. Without a FOLDER all shapes of tests/checkpoints.py and all models
+of tests/model_families.py are recorded; with folders those checkpoints are (`examples/tinymix` →
+`fixtures/tinymix.json`); a name of a fixture (`mixtral`, `model-qwen2`) stands for its checkpoint.
 Recorded with torch 2.13, transformers 5.23, and llama.cpp's source of the pin.
 """
 
@@ -26,12 +27,18 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.checkpoints import SHAPES, write_checkpoint
+from tests.model_families import CONFIGS, write_model
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TYPES = ("bf16", "f16", "f32")
 
 # Arrays longer than this are kept as length and digest.
 _LONGEST = 16
+
+
+def fixture_name(model: str) -> str:
+    """The name of a fixture for a model of `CONFIGS`; that of a shape is its own."""
+    return "model-" + model.replace(" ", "-")
 
 
 def digest(data: bytes) -> str:
@@ -71,11 +78,25 @@ def describe_file(path: Path) -> dict[str, Any]:
     return {"metadata": metadata, "tensors": tensors}
 
 
+# llama.cpp tells ways to split by the tokens of one text, so it knows no tokenizer of 384 tokens; and transformers
+# adds tokens of the real models to some.
+_CONVERTER = """
+import runpy, sys
+llama_cpp, pre = sys.argv.pop(1), "qwen2"
+sys.path[:0] = [llama_cpp, llama_cpp + "/gguf-py"]
+import transformers
+from conversion.base import TextModel
+transformers.AutoTokenizer = transformers.PreTrainedTokenizerFast
+TextModel.get_vocab_base_pre = lambda self, tokenizer: pre
+runpy.run_path(llama_cpp + "/convert_hf_to_gguf.py", run_name="__main__")
+"""
+
+
 def convert(llama_cpp: Path, folder: Path, kind: str, output: Path) -> None:
     subprocess.run(
-        [sys.executable, llama_cpp / "convert_hf_to_gguf.py", "--outtype", kind, "--outfile", output, folder],
+        [sys.executable, "-c", _CONVERTER, llama_cpp, "--outtype", kind, "--outfile", output, folder],
         check=True,
-        env={**os.environ, "PYTHONPATH": str(llama_cpp / "gguf-py"), "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
 
 
@@ -100,13 +121,15 @@ def record(llama_cpp: Path, folder: Path, name: str) -> None:
 def main(arguments: list[str]) -> None:
     llama_cpp = Path(arguments[0])
     sys.path.insert(0, str(llama_cpp / "gguf-py"))
-    for folder in map(Path, arguments[1:]):
-        record(llama_cpp, folder, folder.resolve().name)
-    if arguments[1:]:
-        return
     with tempfile.TemporaryDirectory() as scratch:
-        for name in SHAPES:
-            record(llama_cpp, write_checkpoint(Path(scratch) / name, name), name)
+        models = {fixture_name(model): model for model in CONFIGS}
+        for name in arguments[1:] or [*SHAPES, *models]:
+            if name in SHAPES:
+                record(llama_cpp, write_checkpoint(Path(scratch) / name, name), name)
+            elif name in models:
+                record(llama_cpp, write_model(Path(scratch) / name, models[name]), name)
+            else:
+                record(llama_cpp, Path(name), Path(name).resolve().name)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gguf import MODEL_ARCH_NAMES, Keys, get_tensor_name_map
+
+from localmix.architectures import ARCHITECTURES, find_architecture
+from localmix.errors import InputError
+from tests.model_families import CONFIGS, config_of
+
+PATH = Path("config.json")
+NAMES = {name: number for number, name in MODEL_ARCH_NAMES.items()}
+
+
+@pytest.mark.parametrize("model", CONFIGS)
+def test_names_agree_with_gguf_py(model: str) -> None:
+    """gguf-py's own table maps every checkpoint name of ours to the same GGUF name."""
+    config = config_of(model)
+    row = ARCHITECTURES[config["model_type"]]
+    names = get_tensor_name_map(NAMES[row.name], config["num_hidden_layers"])
+    for tensor in row.tensors(row.settings(config, PATH)):
+        if tensor.rearrange and not tensor.name.endswith(("attn_q.weight", "attn_k.weight", ".bias")):
+            continue  # one stored tensor becomes several
+        # Experts are known there by the name they have after stacking.
+        source = re.sub(
+            r"model\.(.*)block_sparse_moe\.experts\.\d+\.(w\d)", r"\1feed_forward.experts.\2", tensor.sources[0]
+        )
+        source = re.sub(r"experts\.\d+\.", "experts.", source)
+        assert names.get_name(source, try_suffixes=(".weight", ".bias")) == tensor.name
+
+
+@pytest.mark.parametrize("model", CONFIGS)
+def test_keys_are_those_of_gguf_py(model: str) -> None:
+    config = config_of(model)
+    row = ARCHITECTURES[config["model_type"]]
+    settings = row.settings(config, PATH)
+    found = {**row.metadata(settings), **row.derive(config, settings, PATH).metadata}
+    known = {
+        value.replace("{arch}", row.name)
+        for group in (Keys.LLM, Keys.Attention, Keys.Rope, Keys.Tokenizer)
+        for value in vars(group).values()
+        if isinstance(value, str)
+    }
+    assert found.keys() <= known
+
+
+def test_only_known_models() -> None:
+    assert find_architecture({"model_type": "mixtral"}, PATH).model_type == "mixtral"
+    with pytest.raises(InputError) as caught:
+        find_architecture({"model_type": "gpt9"}, PATH)
+    assert caught.value.hint.startswith("Known are llama, mistral, mixtral, qwen2")
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "problem"),
+    [
+        ("qwen2", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; llama.cpp computes qwen2 models with 'silu' only"),
+        ("qwen2_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step is 2"),
+        ("qwen3_moe", {"num_experts_per_tok": 9}, "9 experts per token of only 4"),
+    ],
+)
+def test_what_llama_cpp_does_not_compute(model: str, changes: dict[str, Any], problem: str) -> None:
+    config = {**config_of(model), **changes}
+    with pytest.raises(InputError, match=problem):
+        ARCHITECTURES[config["model_type"]].settings(config, PATH)

@@ -1,0 +1,174 @@
+"""What checkpoints of each family hold, as transformers writes them: tensor names with sizes, and config.json."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.checkpoints import CHAT_TEMPLATE, TOKENIZER, to_storage, write_shard
+
+# 384 tokens of bytes split as Qwen 2 does; written by `byte_level` of small_tokenizers.py, and kept because another
+# version of the library may break ties differently.
+BYTE_LEVEL = Path(__file__).parent / "fixtures" / "byte_level.json"
+
+Sizes = dict[str, tuple[int, ...]]
+
+# The numbers of all families; config.json and sizes follow from them.
+NUMBERS = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "vocab_size": 384,
+}
+
+_DECODER = {"rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": False, "torch_dtype": "float32"}
+_BYTES = {"bos_token_id": 0, "eos_token_id": 1}
+_PIECES = {"bos_token_id": 1, "eos_token_id": 2}
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+# model_type and a word that tells variants apart → what its config.json says beyond the numbers.
+CONFIGS: Mapping[str, Mapping[str, Any]] = {
+    "llama": {**_DECODER, **_PIECES, "architectures": ["LlamaForCausalLM"], "head_dim": 24},
+    "llama 3": {
+        **_DECODER,
+        **_BYTES,
+        "architectures": ["LlamaForCausalLM"],
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 1024,
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    },
+    "mistral": {**_DECODER, **_PIECES, "architectures": ["MistralForCausalLM"], "sliding_window": None},
+    "mixtral": {**_DECODER, **_PIECES, **_EXPERTS, "architectures": ["MixtralForCausalLM"], "num_local_experts": 4},
+    "qwen2": {**_DECODER, **_BYTES, "architectures": ["Qwen2ForCausalLM"], "rope_theta": 1e6},
+    "qwen2_moe": {
+        **_DECODER,
+        **_BYTES,
+        **_EXPERTS,
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "num_experts": 4,
+        "shared_expert_intermediate_size": 80,
+        "decoder_sparse_step": 1,
+        "norm_topk_prob": False,
+    },
+    "qwen3": {
+        **_DECODER,
+        **_BYTES,
+        "architectures": ["Qwen3ForCausalLM"],
+        "head_dim": 24,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": True,
+    },
+    "qwen3_moe": {
+        **_DECODER,
+        **_BYTES,
+        **_EXPERTS,
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "head_dim": 24,
+        "num_experts": 4,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "norm_topk_prob": True,
+    },
+}
+
+
+def config_of(model: str) -> dict[str, Any]:
+    """config.json of a model of `CONFIGS`."""
+    return {"model_type": model.split()[0], **NUMBERS, **CONFIGS[model]}
+
+
+def sizes_of(config: Mapping[str, Any]) -> Sizes:
+    """Names and sizes of the tensors that a checkpoint of this config.json holds."""
+    sizes: Sizes = {"model.embed_tokens.weight": (config["vocab_size"], config["hidden_size"])}
+    for layer in range(config["num_hidden_layers"]):
+        for name, size in _layer(config, layer).items():
+            sizes[f"model.layers.{layer}.{name}"] = size
+    sizes["model.norm.weight"] = (config["hidden_size"],)
+    if not config["tie_word_embeddings"]:
+        sizes["lm_head.weight"] = sizes["model.embed_tokens.weight"]
+    return sizes
+
+
+def _layer(config: Mapping[str, Any], layer: int) -> Sizes:
+    kind, hidden = config["model_type"], config["hidden_size"]
+    sizes: Sizes = {f"{name}.weight": (hidden,) for name in ("input_layernorm", "post_attention_layernorm")}
+    head = config.get("head_dim") or hidden // config["num_attention_heads"]
+    queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
+    rows = {"q": queries, "k": keys, "v": keys}
+    sizes |= {f"self_attn.{name}_proj.weight": (count, hidden) for name, count in rows.items()}
+    sizes["self_attn.o_proj.weight"] = (hidden, queries)
+    if kind.startswith("qwen2"):
+        sizes |= {f"self_attn.{name}_proj.bias": (count,) for name, count in rows.items()}
+    if kind.startswith("qwen3"):
+        sizes |= {f"self_attn.{name}_norm.weight": (head,) for name in "qk"}
+    if kind == "mixtral":
+        sizes["block_sparse_moe.gate.weight"] = (config["num_local_experts"], hidden)
+        for expert in range(config["num_local_experts"]):
+            names = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+            for name, size in _mlp("", hidden, config["intermediate_size"]).items():
+                own = names[name.removesuffix(".weight")]
+                sizes[f"block_sparse_moe.experts.{expert}.{own}.weight"] = size
+    elif "moe_intermediate_size" in config:
+        sizes["mlp.gate.weight"] = (config["num_experts"], hidden)
+        for expert in range(config["num_experts"]):
+            sizes |= _mlp(f"mlp.experts.{expert}.", hidden, config["moe_intermediate_size"])
+        if kind == "qwen2_moe":
+            sizes |= _mlp("mlp.shared_expert.", hidden, config["shared_expert_intermediate_size"])
+            sizes["mlp.shared_expert_gate.weight"] = (1, hidden)
+    else:
+        sizes |= _mlp("mlp.", hidden, config["intermediate_size"])
+    return sizes
+
+
+def _mlp(prefix: str, hidden: int, inner: int) -> Sizes:
+    return {
+        f"{prefix}gate_proj.weight": (inner, hidden),
+        f"{prefix}up_proj.weight": (inner, hidden),
+        f"{prefix}down_proj.weight": (hidden, inner),
+    }
+
+
+def write_model(folder: Path, model: str) -> Path:
+    """Write the checkpoint of a model of `CONFIGS`, with weights large enough that its logits differ."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = config_of(model)
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    _write_tokenizer(folder, config)
+    random = np.random.default_rng(zlib.crc32(model.encode()))
+    tensors = {}
+    for name, size in sizes_of(config).items():
+        values = random.standard_normal(size, np.float32)
+        if len(size) == 1:
+            values = values / np.float32(10) + np.float32("norm" in name.lower())
+        elif "embed" not in name:
+            values /= np.float32(np.sqrt(size[-1]))
+        tensors[name] = ("F32", to_storage(values, "F32"))
+    write_shard(folder / "model.safetensors", tensors)
+    return folder
+
+
+def _write_tokenizer(folder: Path, config: Mapping[str, Any]) -> None:
+    """A tokenizer that fits: sentencepiece where 1 begins a text, else bytes."""
+    settings: dict[str, Any] = {"chat_template": CHAT_TEMPLATE}
+    if config["bos_token_id"] == 1:
+        (folder / "tokenizer.model").write_bytes(TOKENIZER.read_bytes())
+        settings |= {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
+    else:
+        (folder / "tokenizer.json").write_bytes(BYTE_LEVEL.read_bytes())
+        settings |= {"bos_token": "<|begin|>", "eos_token": "<|end|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ LIMIT_TITLE = "16 GiB"
 # beyond this ratio of largest to smallest an axis is logarithmic
 LOG_RATIO = 3.0
 _MARGIN = 0.07
+_ORIGINS = ("measured", "published")
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ class Axis:
     def place(self, value: float) -> float:
         """Where a value stands: 0 at `low`, 1 at `high`."""
         if self.log:
-            return math.log(max(value, self.low) / self.low) / math.log(self.high / self.low)
+            low = math.log(self.low)
+            return (math.log(max(value, self.low)) - low) / (math.log(self.high) - low)
         return (value - self.low) / (self.high - self.low)
 
     def error_bar(self, mark: Mark) -> tuple[float, ...]:
@@ -106,17 +109,9 @@ def charts(rows: Sequence[QuantizationRow], points: Sequence[ContextPoint]) -> l
     Published figures share a chart with measured ones where their sizes overlap, else they have their own:
     an 11 GiB model beside one of 3 MiB would press it flat.
     """
-    shown = [row for row in rows if not row.failed]
-    found: list[Chart | None] = []
-    for group in _groups(shown):
-        found.append(_over_size(group, "ppl", "Perplexity over size", "Perplexity", _perplexities))
-    for group in _groups(shown):
-        title = "KL divergence, nats per token"
-        found.append(_over_size(group, "kld", "Divergence from the reference over size", title, _divergences))
-    for group in _groups(shown):
-        found.append(_over_size(group, "speed", "Generation speed over size", "Tokens per second", _speeds))
-    for origin in ("measured", "published"):
-        found.append(_over_context([point for point in points if point.origin == origin]))
+    groups = _groups([row for row in rows if not row.failed])
+    found = [_over_size(group, measure) for measure in _MEASURES for group in groups]
+    found += [_over_context([point for point in points if point.origin == origin]) for origin in _ORIGINS]
     return [chart for chart in found if chart is not None]
 
 
@@ -131,7 +126,7 @@ def _groups(rows: Sequence[QuantizationRow]) -> list[list[QuantizationRow]]:
     return [[*measured, *published]] if overlap else [measured, published]
 
 
-# a value of a row, with its error and the name of its series beyond model and text
+# a value of a row, its error, and the device it was measured on where a row has several
 _Value = tuple[float, float | None, str]
 
 
@@ -153,78 +148,98 @@ def _speeds(row: QuantizationRow) -> list[_Value]:
     return values
 
 
-def _over_size(
-    rows: Sequence[QuantizationRow],
-    name: str,
-    title: str,
-    y_title: str,
-    values: Callable[[QuantizationRow], list[_Value]],
-) -> Chart | None:
-    found = [(row, value) for row in rows for value in values(row) if math.isfinite(value[0])]
-    if name == "speed":  # which a model has once, however many texts it was measured on
+@dataclass(frozen=True)
+class _Measure:
+    """What can be drawn over the size.
+
+    Attributes:
+        axis: title of the y axis; its first words name the value of a mark.
+        of_text: the value depends on the text, and less of it is better: there is a Pareto front for each text.
+        log: as in `axis`.
+    """
+
+    name: str
+    title: str
+    axis: str
+    values: Callable[[QuantizationRow], list[_Value]]
+    of_text: bool = True
+    log: bool | None = None
+
+
+_MEASURES = (
+    _Measure("ppl", "Perplexity over size", "Perplexity", _perplexities),
+    _Measure("kld", "Divergence from the reference over size", "KL divergence, nats per token", _divergences, log=True),
+    _Measure("speed", "Generation speed over size", "Tokens per second", _speeds, of_text=False),
+)
+
+
+def _over_size(rows: Sequence[QuantizationRow], measure: _Measure) -> Chart | None:
+    found = [(row, value) for row in rows for value in measure.values(row) if math.isfinite(value[0])]
+    if not measure.of_text:  # a model has it once, however many texts it was measured on
         found = list({(row.title, row.type, row.bytes, value): (row, value) for row, value in found}.values())
     if len({(row.bytes, value[0]) for row, value in found}) < 2:
         return None
     unit, unit_name = size_unit(row.bytes for row, _ in found)
+    fronts: dict[tuple[str, str], tuple[tuple[float, float], ...]] = {}
+    if measure.of_text:
+        for key in dict.fromkeys(comparable(row) for row, _ in found):
+            fronts[key] = pareto((row.bytes / unit, value[0]) for row, value in found if comparable(row) == key)
     several_models = len({row.title for row, _ in found}) > 1
-    several_texts = name != "speed" and len({row.corpus for row, _ in found}) > 1
+    several_texts = measure.of_text and len({row.corpus for row, _ in found}) > 1
     grouped: dict[tuple[str, str, str], list[Mark]] = {}
     published: set[tuple[str, str, str]] = set()
-    best: set[tuple[float, float]] = set()
-    fronts = []
-    if name != "speed":
-        for key in dict.fromkeys(comparable(row) for row, _ in found):
-            front = pareto([(row.bytes / unit, value[0]) for row, value in found if comparable(row) == key])
-            best |= set(front)
-            fronts += [front] if len(front) > 1 else []
-    for row, (value, error, device) in found:
-        x = row.bytes / unit
-        text = f"{y_title.split(',')[0]} {_precise(value)}" + (f" ± {_precise(error, value)}" if error else "")
-        details = (
-            f"{row.title} {row.type}",
-            size(row.bytes) + (f" · {row.bpw:.2f} BPW" if row.bpw is not None else ""),
-            f"{text} · {device}" if device else text,
-            *((row.corpus,) if row.corpus and name != "speed" else ()),
-        )
-        key_of_series = (row.title, row.corpus if several_texts else "", device)
+    for row, value in found:
+        key_of_series = (row.title, row.corpus if several_texts else "", value[2])
         if row.origin == "published":
             published.add(key_of_series)
-        mark = Mark(x, value, error, row.type, details, (x, value) in best)
+        place = row.bytes / unit, value[0]
+        details = _details(row, value, measure)
+        mark = Mark(*place, _finite(value[1]), row.type, details, place in fronts.get(comparable(row), ()))
         grouped.setdefault(key_of_series, []).append(mark)
     series = tuple(
-        Series(_series_title(key, several_models or key in published, several_texts), tuple(marks), key in published)
+        Series(_series_title(*key, several_models or key in published), tuple(marks), key in published)
         for key, marks in grouped.items()
     )
-    xs = [mark.x for part in series for mark in part.marks]
-    limit, limit_words = _limit(xs, unit, unit_name)
-    x_axis = axis(f"File size, {unit_name}", [*xs, *([limit] if limit is not None else [])])
-    tops = [mark.y + (mark.error or 0) for part in series for mark in part.marks]
-    bottoms = [mark.y - (mark.error or 0) for part in series for mark in part.marks]
-    lows = [mark.y for part in series for mark in part.marks]
-    y_axis = axis(y_title, [*lows, *tops, *([] if name == "kld" else bottoms)], log=True if name == "kld" else None)
-    has_reference = name == "kld" and any(row.is_reference for row in rows)
-    zero = "The reference itself, at 0, is below the scale." if has_reference else ""
+    marks = [mark for part in series for mark in part.marks]
+    limit, limit_words = _limit([mark.x for mark in marks], unit)
+    ends = [mark.y + (mark.error or 0) for mark in marks]
+    # on a scale without a zero the lower ends of the bars are cut
+    ends += [mark.y - (0 if measure.log else mark.error or 0) for mark in marks]
+    y = axis(measure.axis, ends, measure.log)
+    drawn = tuple(front for front in fronts.values() if len(front) > 1)
+    words = [_better(measure, drawn, y), _hollow(series), limit_words]
+    if measure.name == "kld" and any(row.is_reference for row in rows):
+        words.insert(1, "The reference itself, at 0, is below the scale.")
+    all_published = len(published) == len(series)
     return Chart(
-        name=name + ("-published" if published and len(published) == len(series) else ""),
-        title=title + (", as published" if published and len(published) == len(series) else ""),
-        caption=" ".join(filter(None, (_words(name, fronts, y_axis), zero, _hollow(series), limit_words))),
-        x=x_axis,
-        y=y_axis,
+        name=measure.name + ("-published" if all_published else ""),
+        title=measure.title + (", as published" if all_published else ""),
+        caption=" ".join(filter(None, words)),
+        x=axis(f"File size, {unit_name}", [*(mark.x for mark in marks), *([] if limit is None else [limit])]),
+        y=y,
         series=series,
-        fronts=tuple(fronts),
+        fronts=drawn,
         limit=limit,
     )
 
 
-def _series_title(key: tuple[str, str, str], with_model: bool, with_text: bool) -> str:
-    model, text, device = key
-    return ", ".join(
-        filter(None, (model if with_model or not (text or device) else "", text if with_text else "", device))
+def _details(row: QuantizationRow, value: _Value, measure: _Measure) -> tuple[str, ...]:
+    amount, error, device = value
+    text = f"{measure.axis.split(',')[0]} {_precise(amount)}" + (f" ± {_precise(error, amount)}" if error else "")
+    return (
+        f"{row.title} {row.type}",
+        size(row.bytes) + (f" · {row.bpw:.2f} BPW" if row.bpw is not None else ""),
+        f"{text} · {device}" if device else text,
+        *((row.corpus,) if row.corpus and measure.of_text else ()),
     )
 
 
-def _words(name: str, fronts: Sequence[object], y: Axis) -> str:
-    if name == "speed":
+def _series_title(model: str, text: str, device: str, with_model: bool) -> str:
+    return ", ".join(filter(None, (model if with_model or not (text or device) else "", text, device)))
+
+
+def _better(measure: _Measure, fronts: Sequence[object], y: Axis) -> str:
+    if not measure.of_text:
         return "Higher is faster."
     words = f"Lower is better{'; the scale is logarithmic' if y.log else ''}."
     if fronts:
@@ -236,13 +251,13 @@ def _hollow(series: Sequence[Series]) -> str:
     return "Hollow marks are published figures, not measured here." if any(part.published for part in series) else ""
 
 
-def _limit(xs: Sequence[float], unit: int, unit_name: str) -> tuple[float | None, str]:
+def _limit(xs: Sequence[float], unit: int) -> tuple[float | None, str]:
     """Where 16 GiB stand on the axis, or why they do not."""
     limit = LIMIT_BYTES / unit
     if min(xs) / 1.5 <= limit <= max(xs) * 1.5:
         return limit, f"The vertical line is {LIMIT_TITLE}."
     side = "smaller" if limit > max(xs) else "larger"
-    return None, f"All of these files are far {side} than {LIMIT_TITLE}: that line is not on this scale."
+    return None, f"All of these files are much {side} than {LIMIT_TITLE}: that line is not on this scale."
 
 
 def _over_context(points: Sequence[ContextPoint]) -> Chart | None:
@@ -264,7 +279,7 @@ def _over_context(points: Sequence[ContextPoint]) -> Chart | None:
                 Mark(
                     point.context,
                     point.ppl,
-                    point.error,
+                    _finite(point.error),
                     context_text(point.context),
                     (
                         title,
@@ -293,7 +308,7 @@ def _over_context(points: Sequence[ContextPoint]) -> Chart | None:
     if len(ticks) < 2:
         ticks = contexts
     low, high = _padded(contexts[0], contexts[-1], log=True)
-    ys = [point.ppl + sign * (point.error or 0) for point in shown for sign in (-1, 1)]
+    ys = [point.ppl + sign * (_finite(point.error) or 0) for point in shown for sign in (-1, 1)]
     return Chart(
         name="context" + ("-published" if shown[0].origin == "published" else ""),
         title="Perplexity over context" + (", as published" if shown[0].origin == "published" else ""),
@@ -331,8 +346,8 @@ def axis(title: str, values: Sequence[float], log: bool | None = None) -> Axis:
 
 def _padded(low: float, high: float, log: bool) -> tuple[float, float]:
     if log:
-        ratio = (high / low) ** _MARGIN if high > low else 1.5
-        return low / ratio, high * ratio
+        ratio = math.exp((math.log(high) - math.log(low)) * _MARGIN) if high > low else 1.5
+        return max(low / ratio, sys.float_info.min), min(high * ratio, sys.float_info.max)
     room = (high - low) * _MARGIN if high > low else max(abs(high), 1.0) * 0.1
     return low - room, high + room
 
@@ -364,7 +379,19 @@ def _tick_text(value: float) -> str:
     return f"{value:,.10g}" if abs(value) < 1e6 else f"{value:.3g}"
 
 
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
 def _precise(value: float, like: float | None = None) -> str:
     """Four digits after the point, more for what is small; an error as many as the value it belongs to."""
     size_of = abs(value if like is None else like)
-    return f"{value:.1f}" if size_of >= 100 else f"{value:.4f}" if size_of >= 0.1 else f"{value:.6f}"
+    return (
+        f"{value:.4g}"
+        if size_of >= 1e7
+        else f"{value:.1f}"
+        if size_of >= 100
+        else f"{value:.4f}"
+        if size_of >= 0.1
+        else f"{value:.6f}"
+    )

@@ -29,7 +29,6 @@ class PublishedTable:
         source: where it was published.
         rows: with the origin "published".
         points: perplexity over context, with the origin "published"; often none.
-        printed_sizes: GiB as printed, by type, where that cannot be right and a row has another.
         notes: sentences on what a reader must know.
     """
 
@@ -38,7 +37,6 @@ class PublishedTable:
     source: str
     rows: tuple[QuantizationRow, ...]
     points: tuple[ContextPoint, ...]
-    printed_sizes: Mapping[str, float]
     notes: tuple[str, ...]
 
     @property
@@ -100,5 +98,4 @@ def _table(name: str, entry: Mapping[str, Any]) -> PublishedTable:
         for curve in entry.get("curves", ())
         for context, ppl in curve["points"].items()
     )
-    printed = {kind: row["printed_gib"] for kind, row in entry["rows"].items() if "printed_gib" in row}
-    return PublishedTable(name, entry["model"], entry["source"], rows, points, printed, tuple(entry["notes"]))
+    return PublishedTable(name, entry["model"], entry["source"], rows, points, tuple(entry["notes"]))

@@ -225,9 +225,7 @@ class Quantity:
     def text(self, row: QuantizationRow) -> str:
         """The cell of a row."""
         value = self.value(row)
-        if value is None:
-            return "–"
-        return f"{value:{'+' if self.sign else ''}.{self.digits}f}"
+        return ("+" if self.sign and value is not None and value >= 0 else "") + number(value, self.digits)
 
 
 def _of_divergence(name: str, scale: float = 1) -> Callable[[QuantizationRow], float | None]:
@@ -353,5 +351,7 @@ def _bars(rows: Sequence[QuantizationRow]) -> Bars | None:
 
 
 def number(value: float | None, digits: int) -> str:
-    """A number with so many digits after the point; a dash for what was not measured."""
-    return "–" if value is None else f"{value:.{digits}f}"
+    """A number with so many digits after the point, or with an exponent; a dash for what was not measured."""
+    if value is None:
+        return "–"
+    return f"{value:.{digits}f}" if abs(value) < 1e7 else f"{value:.3e}"

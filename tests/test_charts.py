@@ -106,13 +106,13 @@ def test_a_speed_is_shown_once_whatever_it_was_measured_on() -> None:
 def test_sixteen_gib_stand_where_sizes_are_near_and_are_told_where_not() -> None:
     tiny = named(charts(rows(), []))["ppl"]
     assert tiny.limit is None
-    assert "far smaller than 16 GiB" in tiny.caption
+    assert "much smaller than 16 GiB" in tiny.caption
     large = named(charts(find("chinese-mixtral").rows, []))["ppl-published"]
     assert large.limit == 16
     assert large.x.low < 16 < large.x.high
     assert "vertical line is 16 GiB" in large.caption
     far = [row("F32", 200 * 1024, 3.0), row("F16", 100 * 1024, 3.1)]
-    assert "far larger than 16 GiB" in named(charts(far, []))["ppl"].caption
+    assert "much larger than 16 GiB" in named(charts(far, []))["ppl"].caption
 
 
 def test_published_rows_of_another_size_have_a_chart_of_their_own() -> None:
@@ -173,6 +173,16 @@ def test_an_error_bar_ends_with_the_axis() -> None:
     mark = dataclasses.replace(chart.series[0].marks[0], y=1e-4, error=1e-3)
     assert log.error_bar(mark)[0] == log.low
     assert log.error_bar(dataclasses.replace(mark, error=None)) == ()
+
+
+@pytest.mark.parametrize(("ppl", "error"), [(1e300, 1e299), (2.0, math.nan), (2.0, math.inf), (1e-9, 1e9)])
+def test_figures_of_a_broken_model_are_drawn_all_the_same(ppl: float, error: float) -> None:
+    chart = named(
+        charts([row("A", 1, ppl, error=error), row("B", 2, 1.5)], [point(128, ppl, error=error), point(256, 1)])
+    )
+    for found in chart.values():
+        assert math.isfinite(found.y.low) and math.isfinite(found.y.high)
+        assert all(0 <= found.y.place(mark.y) <= 1 for series in found.series for mark in series.marks)
 
 
 def boxes(chart: Chart, width: float, height: float, font: float) -> list[tuple[float, float, float, float]]:

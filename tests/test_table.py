@@ -250,6 +250,10 @@ def test_sizes_without_a_unit_in_common_name_theirs() -> None:
     assert [cells[2] for cells in table.rows] == ["46.20 GiB", "4.10 MiB"]
 
 
+def test_the_perplexity_of_a_broken_model_does_not_fill_the_screen() -> None:
+    assert quantization_table([row("Q1_0", 1, 1.5e300)]).rows[0][3] == "1.500e+300"
+
+
 def test_a_column_has_one_unit() -> None:
     assert size_unit([GIB, 100]) == (GIB, "GiB")
     assert size_unit([2**20, 100]) == (2**20, "MiB")

@@ -33,6 +33,7 @@ def write_random_model(
     duplicate: bool = False,
     poison: str = "",
     seed: int = 1,
+    own: Mapping[str, str | int | float] | None = None,
 ) -> Path:
     """Write a model of llama.cpp's `llama` architecture.
 
@@ -44,6 +45,7 @@ def write_random_model(
         byte_tokens: leave them out to make llama.cpp abort at the first tokenize.
         duplicate: give two tokens one text, to make llama.cpp abort while loading.
         poison: name of a tensor that gets a NaN.
+        own: further GGUF keys.
     """
     heads, kv_heads = 4, 2
     tokens = ["<unk>", "<s>", "</s>"]
@@ -81,6 +83,10 @@ def write_random_model(
     writer.add_add_bos_token(True)
     writer.add_add_eos_token(False)
     writer.add_chat_template("{% for message in messages %}[INST] {{ message.content }} [/INST]{% endfor %}")
+
+    for key, value in (own or {}).items():
+        add = {str: writer.add_string, int: writer.add_int32, float: writer.add_float32}[type(value)]
+        add(key, value)
 
     generator = np.random.default_rng(seed)
     kv = hidden // heads * kv_heads

@@ -26,10 +26,11 @@ from localmix.chat import (
     Reply,
     start_child,
 )
-from localmix.errors import CapacityError, InputError, UsageError
+from localmix.errors import CapacityError, FileError, InputError, UsageError
 from localmix.grammar import from_json_schema
 from localmix.sampling import Sampling
 from tests.checkpoints import Shape, write_checkpoint
+from tests.random_model import write_random_model
 
 GREEDY = Sampling(temperature=0, repeat_penalty=1)
 
@@ -285,6 +286,44 @@ def test_a_template_of_the_users_own(model: Path) -> None:
         pytest.raises(UsageError, match="no chat template 'tool_use'"),
     ):
         list(engine.load())
+
+
+def test_what_the_model_says_about_itself(tmp_path: Path) -> None:
+    own: dict[str, str | int | float] = {
+        "general.sampling.temp": 0.75,
+        "general.sampling.top_k": 7,
+        "tokenizer.chat_template.short": "{{ messages[-1].content }}",
+    }
+    path = write_random_model(tmp_path / "m.gguf", layers=1, experts=0, own=own)
+    tokens = {}
+    for name in (None, "short"):
+        with Engine(path, EngineSettings(context=256, threads=1, template_name=name)) as engine:
+            *_, loaded = engine.load()
+            assert isinstance(loaded, Loaded) and loaded.templates == ("short",)
+            assert loaded.own_sampling == {"temperature": 0.75, "top_k": 7}
+            assert Sampling.for_model(loaded.own_sampling) == Sampling(temperature=0.75, top_k=7)
+            tokens[name] = ask(Conversation(engine, limit=1), "abc").prompt_tokens
+    assert tokens["short"] < tokens[None]
+
+
+@pytest.mark.parametrize("kv_type", ["q8_0", "q4_0"])
+def test_a_quantized_cache_is_saved_and_restored(tmp_path: Path, kv_type: str) -> None:
+    path = write_random_model(tmp_path / "m.gguf", layers=2)
+    settings = EngineSettings(context=256, threads=1, kv_type=kv_type)
+    with Engine(path, settings) as engine:
+        conversation = Conversation(engine, sampling=GREEDY, limit=8)
+        ask(conversation, "Hello")
+        saved = engine.save_state(tmp_path / "state")
+        turns, expected = list(conversation.turns), ask(conversation, "And?")
+        with pytest.raises(FileError):
+            engine.save_state(tmp_path / "missing" / "state")
+        assert ask(conversation, "Still there?").completion_tokens == 8
+    with Engine(path, settings) as engine:
+        *_, loaded = engine.load(tmp_path / "state")
+        assert isinstance(loaded, Loaded) and loaded.restored_tokens == saved.tokens
+        conversation = Conversation(engine, sampling=GREEDY, limit=8)
+        conversation.turns = turns
+        assert ask(conversation, "And?").text == expected.text
 
 
 def test_a_full_context_drops_the_oldest_turns(engine: Engine) -> None:

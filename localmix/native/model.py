@@ -432,7 +432,7 @@ class Context:
             written = api().llama_state_seq_save_file(
                 self.handle, os.fsencode(path), sequence, _tokens(values), len(values)
             )
-        if not written:
+        if not written or path.stat().st_size != written:
             raise FileError(f"{path} cannot be written: {_reason(lines)}.", "Look whether its disk is full.")
 
     def restore(self, sequence: int, path: Path) -> NDArray[np.int32] | None:

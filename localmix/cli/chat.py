@@ -1,74 +1,87 @@
-"""`localmix chat`: the terminal around `localmix.chat`."""
+"""`localmix chat`: one question, or a conversation at the terminal."""
 
 from __future__ import annotations
 
-import signal
+import contextlib
+import dataclasses
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from localmix.cli import Terminated
+from localmix.cli.chat_settings import LIMIT, sampling_for, setting_options
 from localmix.cli.console import Console
-from localmix.cli.parameters import MODEL, FiniteRange, examples, json_option, threads_option
+from localmix.cli.memory_check import placement_options
+from localmix.cli.parameters import FILE, MODEL, examples, json_option, rope_options, threads_option
 
 if TYPE_CHECKING:
-    from prompt_toolkit import PromptSession
-
-    from localmix.chat import Conversation, Engine, Reply
+    from localmix.chat import Conversation, Engine
+    from localmix.chat_events import DraftSettings
+    from localmix.rope_scaling import RopeScaling
+    from localmix.session import Keeper, Session
 
 _QUESTION_BYTES = 4 * 2**20  # more is no question: a wrong file, or a program that never ends
-_STATUS_TOKENS = 256  # a shorter prompt is read before anybody could read about it
+_TEXT_BYTES = 2**20  # of a template, a grammar or a schema
+_MOST_DRAFTED = 64
 
 
 @click.command()
 @click.argument("model", metavar="[MODEL]", type=MODEL, required=False)
 @click.option("-p", "--prompt", metavar="TEXT", help="Ask one thing and leave; - reads it from stdin.")
-@click.option("--system", metavar="TEXT", default="", help="System prompt.")
+@click.option("--system", metavar="TEXT", help="System prompt.")
+@click.option("--continue", "go_on", is_flag=True, help="Go on with the last conversation.")
+@click.option("--session", "session_name", metavar="NAME", help="Go on with this conversation, or start it.")
+@click.option("--no-save", is_flag=True, help="Keep nothing of the conversation.")
+@click.option("--raw", is_flag=True, help="Write replies as they are, also on a terminal.")
 @click.option(
     "--ctx",
     "context",
     type=click.IntRange(16, 2**31 - 1),
     help="Positions of context; 4096 by default, less if the model was trained for less.",
 )
-@click.option("--max-tokens", type=click.IntRange(1, 2**31 - 1), help="Longest reply.")
-@click.option("--temperature", type=FiniteRange(min=0), default=0.2, show_default=True)
-@click.option("--top-k", type=click.IntRange(0, 2**31 - 1), default=40, show_default=True)
-@click.option("--top-p", type=FiniteRange(0, 1), default=0.9, show_default=True)
-@click.option("--repeat-penalty", type=FiniteRange(min=0.01), default=1.1, show_default=True)
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="The same seed and question give the same reply.")
+@setting_options
 @click.option(
-    "--device",
-    type=click.Choice(["auto", "cpu", "cuda", "metal"]),
-    default="auto",
-    show_default=True,
-    help="Where to compute.",
+    "--chat-template",
+    metavar="FILE",
+    help="Use this Jinja template, or the one of this name where the model brings several.",
 )
+@click.option("--draft", metavar="MODEL|ngram", help="Speculative decoding: a smaller model, or a look at the context.")
+@click.option("--draft-tokens", metavar="auto|N", default="auto", show_default=True, help="Tokens proposed at a time.")
+@click.option("--json-schema", type=FILE, metavar="FILE", help="With -p: the reply is JSON that follows this schema.")
+@click.option("--grammar", type=FILE, metavar="FILE", help="With -p: the reply follows this grammar (GBNF).")
+@placement_options
+@rope_options
 @threads_option
 @click.option("--force", is_flag=True, help="Load the model even if memory seems too small.")
 @json_option
 @examples(
     "localmix chat",
-    "localmix chat tinymix:Q4_K",
+    "localmix chat tinymix:Q4_K --continue",
     'localmix chat -p "Where does Wilma live?" --json',
     "cat question.txt | localmix chat mixtral.gguf",
+    "localmix chat mixtral --draft ngram --kv-type q8_0",
 )
 def command(
     model: str | None,
     prompt: str | None,
-    system: str,
+    system: str | None,
+    go_on: bool,
+    session_name: str | None,
+    no_save: bool,
+    raw: bool,
     context: int | None,
-    max_tokens: int | None,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    repeat_penalty: float,
-    seed: int | None,
+    settings: dict[str, Any],
+    chat_template: str | None,
+    draft: str | None,
+    draft_tokens: str,
+    json_schema: Path | None,
+    grammar: Path | None,
     device: str,
+    gpu_layers: int | None,
+    experts: str,
+    kv_type: str,
+    rope: RopeScaling | None,
     threads: int | None,
     force: bool,
     json: bool,
@@ -76,33 +89,68 @@ def command(
     """Talk to a model in the terminal.
 
     Enter sends, Alt-Enter starts a new line, /help lists the commands. Ctrl-C stops a reply and keeps the
-    conversation; at the prompt it leaves. With a pipe on stdin one question is read from there.
+    conversation; at the prompt it leaves. Every turn is saved. With a pipe on stdin one question is read from
+    there.
     """
-    from localmix import library
+    from localmix import library, session
     from localmix.chat import Conversation, Engine, EngineSettings
+    from localmix.cli.chat_terminal import Talk, load, restore
     from localmix.cli.memory_check import MemoryCheck
     from localmix.errors import UsageError
-    from localmix.native.model import Sampling
 
     console = Console(json)
     for option, text in (("--prompt", prompt), ("--system", system)):
         if text is not None and any("\ud800" <= letter <= "\udfff" for letter in text):
             raise UsageError(f"The text of {option} is not UTF-8.")
+    if go_on and session_name is not None:
+        raise UsageError("--continue and --session name two conversations.", "Use one of them.")
     question = _question(prompt)
     if json and question is None:
         raise UsageError("--json needs one question.", "Give it with -p, or on stdin.")
-    memory = MemoryCheck(console, context)
-    path = library.resolve(model, library.Purpose.RUN, memory.fits)
-    choice = memory.check(path, force)
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, repeat_penalty=repeat_penalty, seed=seed)
-    with Engine(path, EngineSettings(choice.context, threads, device)) as engine:
-        conversation = Conversation(engine, system=system, sampling=sampling, limit=max_tokens)
-        _load(console, engine)
-        library.remember(path)
+    shape = _grammar(grammar, json_schema, question)
+    template, template_name = _template(chat_template)
+    drafting = _draft(draft, draft_tokens)
+
+    def open_engine(name: str | Path | None) -> Engine:
+        check = MemoryCheck(console, context, kv_type=kv_type, device=device, gpu_layers=gpu_layers, experts=experts)
+        path = library.resolve(name, library.Purpose.RUN, check.fits)
+        choice = check.check(path, force)
+        return Engine(
+            path,
+            EngineSettings(
+                context=choice.context,
+                threads=threads,
+                placement=choice.placement,
+                repack=choice.repack,
+                kv_type=choice.kv_type,
+                rope=rope,
+                draft=drafting,
+                chat_template=template,
+                template_name=template_name,
+            ),
+        )
+
+    with contextlib.ExitStack() as stack:
+        keeper = stack.enter_context(session.Keeper(saving=not no_save))
+        found = _session(console, keeper, go_on, session_name)
+        engine = open_engine(model if model is not None or found is None else _model_of(found))
+        conversation = Conversation(engine, grammar=shape)
+        stack.callback(lambda: conversation.engine.close())  # /model puts another one there
+        chosen = restore(conversation, found) if found else {}
+        chosen |= {field: value for field, value in settings.items() if field != LIMIT}
+        conversation.limit = settings.get(LIMIT, conversation.limit)
+        if system is not None:
+            conversation.system = system
+        loaded = load(console, engine, session.state_path(found.name) if found else None)
+        library.remember(engine.path)
+        conversation.sampling = sampling_for(loaded.own_sampling, chosen)
+        talk = Talk(console, conversation, keeper, open_engine, chosen, raw)
         if question is None:
-            _Talk(console, conversation).run()
-        else:
-            _answer_once(console, conversation, question)
+            talk.run()
+            return
+        _answer_once(console, conversation, question, raw)
+        if go_on or session_name is not None:
+            talk.save()
 
 
 def _question(prompt: str | None) -> str | None:
@@ -126,208 +174,126 @@ def _question(prompt: str | None) -> str | None:
     return text.strip()
 
 
-def _load(console: Console, engine: Engine) -> None:
-    from localmix.chat import Loading
+def _grammar(grammar: Path | None, schema: Path | None, question: str | None) -> str | None:
+    """The GBNF that the reply is to follow."""
+    from localmix.errors import UsageError
+
+    if grammar is None and schema is None:
+        return None
+    if grammar is not None and schema is not None:
+        raise UsageError("--grammar and --json-schema exclude each other.")
+    if question is None:
+        raise UsageError(f"{'--grammar' if grammar else '--json-schema'} needs one question.", "Give it with -p.")
+    if grammar is not None:
+        return _text(grammar, "grammar")
+    assert schema is not None
+    return _schema_grammar(schema)
+
+
+def _schema_grammar(path: Path) -> str:
+    import json
+
+    from localmix.errors import InputError
+    from localmix.grammar import from_json_schema
 
     try:
-        for event in engine.load():
-            if isinstance(event, Loading) and event.share < 1:
-                console.status(f"Loading {engine.path.name}: {event.share:.0%}")
-    finally:
-        console.status()
+        schema = json.loads(_text(path, "schema"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"The schema {path} is no JSON: {error}.") from error
+    return from_json_schema(schema)
 
 
-def _answer_once(console: Console, conversation: Conversation, question: str) -> None:
+def _template(spec: str | None) -> tuple[str | None, str | None]:
+    """The source of a template, and the name of one of the model's own: one of them, or neither."""
+    if spec is None:
+        return None, None
+    path = Path(spec)
+    # a bare name that is no file: the model may have a template of that name
+    if not path.exists() and path.name == spec and not path.suffix:
+        return None, spec
+    return _text(path, "chat template"), None
+
+
+def _text(path: Path, what: str) -> str:
+    from localmix.errors import InputError
+    from localmix.output import file_error
+
+    try:
+        with path.open("rb") as file:
+            data = file.read(_TEXT_BYTES + 1)
+    except OSError as error:
+        raise file_error(error, path, "read") from error
+    if len(data) > _TEXT_BYTES:
+        raise InputError(f"The {what} {path} is longer than {_TEXT_BYTES // 2**20} MiB.")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"The {what} {path} is no UTF-8 text (byte {error.start}).") from error
+
+
+def _draft(spec: str | None, tokens: str) -> DraftSettings | None:
+    from localmix import library
+    from localmix.chat_events import DraftSettings
+    from localmix.errors import UsageError
+
+    if tokens != "auto" and not (tokens.isascii() and tokens.isdigit() and 1 <= int(tokens) <= _MOST_DRAFTED):
+        raise UsageError(f"--draft-tokens {tokens}: neither auto nor a number from 1 to {_MOST_DRAFTED}.")
+    if spec is None:
+        if tokens != "auto":
+            raise UsageError("--draft-tokens needs --draft.", "Name a smaller model, or ngram.")
+        return None
+    path = None if spec == "ngram" else library.resolve(spec, library.Purpose.RUN)
+    draft = DraftSettings(model=path)
+    return draft if tokens == "auto" else dataclasses.replace(draft, length=int(tokens), adaptive=False)
+
+
+def _session(console: Console, keeper: Keeper, go_on: bool, name: str | None) -> Session | None:
+    """The conversation to go on with, or None for a new one."""
+    from localmix import session
+    from localmix.errors import UsageError
+
+    if go_on:
+        known = session.find(console.error)
+        if not known:
+            raise UsageError("No conversation was saved yet.", "Start one with `localmix chat`.")
+        name = known[0].name
+    return keeper.open(name) if name is not None else None
+
+
+def _model_of(found: Session) -> Path | None:
+    """The file that a conversation was led with."""
+    from localmix.errors import InputError
+
+    path = Path(found.model)
+    if found.model and not path.exists():
+        raise InputError(
+            f"The conversation {found.name} was led with {path}, which is gone.",
+            f"Go on with another model: `localmix chat MODEL --session {found.name!r}`.",
+        )
+    return path if found.model else None
+
+
+def _answer_once(console: Console, conversation: Conversation, question: str, raw: bool) -> None:
     """One turn: the reply on stdout, or as a document when JSON was asked for."""
-    reply = _show(console, conversation, question, quiet=console.json)
+    from localmix.cli.chat_turn import show_reply
+
+    reply = show_reply(console, conversation.ask(question), raw=raw, quiet=console.json)
     console.result(
         {
             "model": conversation.engine.path,
             "text": reply.text,
             "prompt_tokens": reply.prompt_tokens,
+            "cached_tokens": reply.cached_tokens,
             "completion_tokens": reply.completion_tokens,
+            "context_used": reply.context_used,
             "finish_reason": reply.finish_reason,
             "first_token_seconds": reply.first_token_seconds,
             "pp_tps": reply.pp_tps,
             "tg_tps": reply.tg_tps,
+            "drafted": reply.drafted,
+            "accepted": reply.accepted,
+            "acceptance": reply.acceptance,
+            "speedup": reply.speedup,
         },
         lambda: None,
     )
-
-
-def _show(console: Console, conversation: Conversation, question: str, quiet: bool = False) -> Reply:
-    """Ask, and write the reply as it comes."""
-    from localmix.chat import Loading, Piece, Reading, Reply
-
-    reply: Reply | None = None
-    waiting = open_line = False
-    try:
-        for event in conversation.ask(question):
-            if isinstance(event, Loading) or (isinstance(event, Reading) and event.total >= _STATUS_TOKENS):
-                what = event.share if isinstance(event, Loading) else event.done / event.total
-                console.status(f"{'Loading' if isinstance(event, Loading) else 'Reading'}: {what:.0%}")
-                waiting = True
-            elif isinstance(event, Piece) and not quiet:
-                if waiting:
-                    console.status()
-                    waiting = False
-                console.stream(event.text)
-                open_line = not event.text.endswith("\n")
-            elif isinstance(event, Reply):
-                reply = event
-    finally:
-        if waiting:
-            console.status()
-        if open_line:
-            console.stream("\n")
-    assert reply is not None
-    return reply
-
-
-class _Talk:
-    """The conversation at the terminal."""
-
-    def __init__(self, console: Console, conversation: Conversation) -> None:
-        self._console = console
-        self._conversation = conversation
-        # name: (what /help says, what it does with the rest of the line; True ends the chat)
-        self._commands: dict[str, tuple[str, Callable[[str], bool | None]]] = {
-            "/help": ("show this", self._help),
-            "/system": ("TEXT: set the system prompt and start again; without TEXT show it", self._system),
-            "/clear": ("forget the conversation", self._clear),
-            "/stats": ("show tokens, speed and context of the last reply", self._stats),
-            "/quit": ("leave; so do Ctrl-D and Ctrl-C", lambda _: True),
-        }
-
-    def run(self) -> None:
-        """Read and answer until the user leaves."""
-        loaded = self._conversation.engine.loaded
-        assert loaded is not None
-        self._console.note(
-            f"{self._conversation.engine.path.name}, context {loaded.context}. /help for help, /quit to leave."
-        )
-        if not loaded.has_template:
-            self._console.warn("This model has no chat template: it continues your text instead of answering.")
-        session = self._session()
-        while True:
-            try:
-                text = session.prompt().strip()
-            except Terminated:
-                raise
-            except (EOFError, KeyboardInterrupt):
-                return
-            if text.startswith("/"):
-                if self._command(text):
-                    return
-            elif text:
-                self._turn(text)
-
-    def _session(self) -> PromptSession[str]:
-        from prompt_toolkit import PromptSession
-        from prompt_toolkit.completion import WordCompleter
-        from prompt_toolkit.history import FileHistory, History, InMemoryHistory
-        from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
-        from prompt_toolkit.output import create_output
-
-        from localmix import library
-
-        keys = KeyBindings()
-
-        @keys.add("enter")
-        def _send(event: KeyPressEvent) -> None:
-            event.current_buffer.validate_and_handle()
-
-        @keys.add("escape", "enter")
-        def _new_line(event: KeyPressEvent) -> None:
-            event.current_buffer.insert_text("\n")
-
-        history: History
-        try:
-            library.home().mkdir(parents=True, exist_ok=True)
-            file = library.home() / "chat_history"
-            file.touch()
-            history = FileHistory(str(file))
-        except OSError:  # a read-only home: then without
-            history = InMemoryHistory()
-        return PromptSession(
-            "> ",
-            multiline=True,  # so that a pasted text stays whole
-            prompt_continuation="  ",
-            key_bindings=keys,
-            history=history,
-            completer=WordCompleter(list(self._commands), sentence=True),
-            complete_while_typing=False,
-            output=create_output(always_prefer_tty=True),  # stdout may be a file
-        )
-
-    def _turn(self, text: str) -> None:
-        from localmix.errors import LocalmixError
-
-        try:
-            with _stop_on_interrupt(self._conversation.engine):
-                reply = _show(self._console, self._conversation, text)
-        except LocalmixError as error:
-            self._console.error(error)
-            self._console.note("The conversation is as it was before.")
-            return
-        if reply.finish_reason == "stopped":
-            self._console.note("(stopped)")
-        elif reply.finish_reason == "length":
-            self._console.note("(cut off: the reply reached its limit or the end of the context)")
-
-    def _command(self, line: str) -> bool:
-        name, _, rest = line.partition(" ")
-        if name not in self._commands:
-            self._console.note(f"There is no command {name}. /help lists them.")
-            return False
-        return bool(self._commands[name][1](rest.strip()))
-
-    def _help(self, _: str) -> None:
-        self._console.fields({name: about for name, (about, _) in self._commands.items()})
-
-    def _system(self, text: str) -> None:
-        if text:
-            self._conversation.system = text
-            self._conversation.clear()
-            self._console.note("The conversation starts again with this system prompt.")
-        else:
-            self._console.line(self._conversation.system or "There is no system prompt.")
-
-    def _clear(self, _: str) -> None:
-        self._conversation.clear()
-        self._console.note("The conversation is forgotten.")
-
-    def _stats(self, _: str) -> None:
-        from localmix.table import number
-
-        reply, loaded = self._conversation.last, self._conversation.engine.loaded
-        if reply is None or loaded is None:
-            self._console.note("There is no reply yet.")
-            return
-        used = reply.prompt_tokens + reply.completion_tokens
-        self._console.fields(
-            {
-                "context": f"{used} of {loaded.context} tokens",
-                "prompt": f"{reply.prompt_tokens} tokens, {reply.cached_tokens} of them from the cache,"
-                f" {number(reply.pp_tps, 1)} tokens/s",
-                "reply": f"{reply.completion_tokens} tokens, {number(reply.tg_tps, 1)} tokens/s",
-                "first token": f"after {number(reply.first_token_seconds, 2)} s",
-            }
-        )
-
-
-@contextmanager
-def _stop_on_interrupt(engine: Engine) -> Iterator[None]:
-    """The first Ctrl-C ends the reply, a second one the program."""
-    before = signal.getsignal(signal.SIGINT)
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, before)
-        # not here: the main thread may be in the middle of writing to the same pipe
-        threading.Thread(target=engine.stop, daemon=True).start()
-
-    signal.signal(signal.SIGINT, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

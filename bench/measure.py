@@ -1,6 +1,6 @@
 """Measuring side by side with llama.cpp's own tools: ppl against llama-perplexity, bench against llama-bench.
 
-    python bench/measure.py                          # about ten minutes on 2 cores
+    python bench/measure.py                          # about ten minutes on 2 idle cores
     python bench/measure.py --only bench --repeat 9 --threads 2
 
 Both programs on the same files with the same threads, one after the other, many times: each pair gives a ratio, and
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+
+from localmix.native.devices import devices
 
 ROOT = Path(__file__).parent.parent
 TINYMIX = ROOT / "examples" / "tinymix"
@@ -151,8 +152,8 @@ def measure(side: Side, only: str) -> Iterator[Pairs]:
         "ppl": [
             lambda: ppl_rows(side, models["tinymix-Q8_0"], text, 512, 20),
             lambda: ppl_rows(side, models["tinymix-Q8_0"], text, 1024, 10),
-            lambda: ppl_rows(side, models["random-Q4_0"], text, 512, 4),
-            lambda: ppl_rows(side, models["random-Q4_0"], text, 1024, 2),
+            lambda: ppl_rows(side, models["random-Q4_0"], text, 512, 20),
+            lambda: ppl_rows(side, models["random-Q4_0"], text, 1024, 10),
         ],
     }
     for name, steps in work.items():
@@ -163,14 +164,15 @@ def measure(side: Side, only: str) -> Iterator[Pairs]:
 
 def report(found: Sequence[Pairs], side: Side) -> str:
     """MEASURING.md."""
+    processor = next(device.description for device in devices() if device.kind == "cpu")
     lines = [
         "# Measuring beside llama.cpp's tools",
         "",
-        f"Both programs on the same files, {side.threads} threads, in turns; the median of the ratios counts, and the"
-        " middle half of them shows the noise. Speeds: localmix's through theirs. Times of whole commands: localmix's"
-        " through theirs. `python bench/measure.py` measures it again.",
+        f"Both programs on the same files with --threads {side.threads}, in turns; the median of the ratios counts,"
+        " and the middle half of them shows the noise. Ratios are localmix's figure through theirs: of speeds as"
+        " reported, of seconds of whole commands. `python bench/measure.py` measures it again.",
         "",
-        f"Machine: {platform.machine()}, {psutil.cpu_count(logical=False)} cores.",
+        f"Machine: {processor}, {psutil.cpu_count(logical=False)} cores.",
         "",
         "| work | against | theirs | localmix | ratio | middle half | pairs |",
         "|---|---|--:|--:|--:|---|--:|",

@@ -26,7 +26,7 @@ from localmix.output import file_error, write_atomically
 FORMAT = "localmix-session"
 VERSION = 1
 SIZE_LIMIT = 64 * 2**20  # bytes of a session's file; a longer one is none of ours
-STATES_LIMIT = 8 * 2**30  # bytes of all states together
+STATES_LIMIT = 4 * 2**30  # bytes of all states together
 
 _SUFFIX = ".json"
 _STATE_SUFFIX = ".kv"

@@ -75,6 +75,7 @@ class Talk:
         self._attached: list[tuple[str, str]] = []
         self._prefill = ""
         self._editing = False
+        self._keeps_states = True
         self._state_is_quick = True
         self._state_is_saved = True
 
@@ -255,8 +256,8 @@ class Talk:
         except LocalmixError as error:
             self.console.warn(f"This turn is not saved. {error.message}")
             return
-        self._state_is_saved = not self.keeper.saving
-        if self.keeper.saving and self._state_is_quick:
+        self._state_is_saved = not (self.keeper.saving and self._keeps_states)
+        if not self._state_is_saved and self._state_is_quick:
             started = time.monotonic()
             self._save_state()
             self._state_is_quick = time.monotonic() - started < _QUICK
@@ -264,11 +265,12 @@ class Talk:
     def _save_state(self) -> None:
         """Save what the model's cache holds: the next run then has nothing to read."""
         try:
-            self.conversation.engine.save_state(session.state_path(self.keeper.name))
+            saved = self.conversation.engine.save_state(session.state_path(self.keeper.name))
             session.limit_states(keep=self.keeper.name)
+            self._keeps_states = saved.bytes <= session.STATES_LIMIT
         except LocalmixError as error:
             self.console.warn(f"What the model has read is not kept. {error.message}")
-            self._state_is_quick = False
+            self._keeps_states = False
         self._state_is_saved = True
 
     def context_line(self) -> str:

@@ -274,3 +274,43 @@ def _average(rows: Sequence[QuantizationRow], reference: Sequence[QuantizationRo
             same_top_error=math.hypot(*(item.same_top_error for item in divergences)) / count,
         ),
     )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a second model costs and saves against a first, on one text.
+
+    Attributes:
+        size_ratio: bytes of the second by those of the first.
+        ppl_ratio, ppl_ratio_error: the same of the perplexities, with the error of the paired differences.
+        sentence: both in words.
+    """
+
+    size_ratio: float
+    ppl_ratio: float
+    ppl_ratio_error: float
+    sentence: str
+
+
+def judge(first: Measured, second: Measured) -> Verdict:
+    """Compare two models that were measured on the same tokens; neither has failed."""
+    assert first.perplexity is not None and second.perplexity is not None
+    differences = second.perplexity.token_nll - first.perplexity.token_nll
+    ratio = math.exp(float(differences.mean()))
+    error = ratio * float(differences.std()) / math.sqrt(max(1, differences.size - 1))
+    size_ratio = second.row.bytes / first.row.bytes
+    one, other = (
+        (first.row.type, second.row.type)
+        if first.row.model == second.row.model and first.row.type != second.row.type
+        else (first.perplexity.model, second.perplexity.model)
+    )
+    size = f"is {100 * abs(size_ratio - 1):.1f} % {'smaller' if size_ratio < 1 else 'larger'} than {one}"
+    if abs(size_ratio - 1) < 0.0005:
+        size = f"is as large as {one}"
+    percent, percent_error = 100 * (ratio - 1), f"{100 * error:.2f} %"
+    # two standard errors: one in twenty such sentences would be chance
+    if abs(ratio - 1) <= 2 * error:
+        quality = f"this text shows no difference in perplexity ({percent:+.2f} ± {percent_error})"
+    else:
+        quality = f"its perplexity is {abs(percent):.2f} ± {percent_error} {'higher' if ratio > 1 else 'lower'}"
+    return Verdict(size_ratio, ratio, error, f"{other} {size}; {quality}.")

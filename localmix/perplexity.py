@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -92,6 +92,7 @@ class Perplexity:
             `divergence` are taken against; empty for none.
         speed: generation speed, if it was asked for.
         notes: sentences on what is unusual.
+        token_nll: float64, negative log-likelihood of each scored token in the order of the text.
     """
 
     model: str
@@ -115,6 +116,7 @@ class Perplexity:
     divergence: Divergence | None = None
     speed: Speed | None = None
     notes: tuple[str, ...] = ()
+    token_nll: NDArray[np.float64] = field(default_factory=lambda: np.empty(0), repr=False, compare=False)
 
 
 def measure(
@@ -246,6 +248,7 @@ def describe(
         memory_bytes=memory,
         speed=speed,
         notes=notes,
+        token_nll=nll.ravel(),
     )
 
 

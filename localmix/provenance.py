@@ -91,11 +91,12 @@ class Provenance:
     def fields(self) -> dict[str, str]:
         """Names and values, for a report."""
         fields: dict[str, str] = {}
-        for text in self.corpora:
-            number = "" if len(self.corpora) == 1 else f" {len(fields) // 3 + 1}"
+        for index, text in enumerate(self.corpora, 1):
+            number = "" if len(self.corpora) == 1 else f" {index}"
             fields[f"Corpus{number}"] = text.name
             fields[f"SHA-256{number}"] = text.sha256
-            fields[f"Scored{number}"] = f"{text.tokens:,} tokens in {text.chunks:,} chunks" if text.tokens else "–"
+            if text.tokens:
+                fields[f"Scored{number}"] = f"{text.tokens:,} tokens in {text.chunks:,} chunks"
         fields["Context"] = ", ".join(map(str, self.contexts))
         fields["Engine"] = self.engine
         fields["Threads"] = str(self.threads)

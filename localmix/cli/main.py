@@ -22,6 +22,7 @@ COMMANDS: Mapping[str, str] = {
     "imatrix": "Measure which weights matter, on a calibration text.",
     "quantize": "Make smaller models: one type, several, or a whole table.",
     "ppl": "Measure perplexity, and print the quantization table.",
+    "compare": "Compare two models: size, perplexity, divergence, and a verdict.",
     "report": "Make a page or plots from what ppl measured.",
     "bench": "Measure how fast models read prompts and generate.",
     "chat": "Talk to a model in the terminal.",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -15,6 +16,7 @@ from localmix.cli.parameters import (
     MODEL,
     SET,
     TYPES,
+    Command,
     examples,
     json_option,
     markdown_option,
@@ -33,7 +35,6 @@ if TYPE_CHECKING:
     from localmix.rope_scaling import RopeScaling
     from localmix.table import ContextPoint, QuantizationRow, Table
 
-PUBLISHED = ("chinese-mixtral", "chinese-llama-2")
 # of corpus.split
 LEAST_CONTEXT = 8
 
@@ -49,6 +50,21 @@ def _contexts(ctx: click.Context, param: click.Parameter, value: str | None) -> 
     if found[0] < LEAST_CONTEXT:
         raise click.BadParameter(f"{found[0]} tokens are too few to measure; {LEAST_CONTEXT} is the least.")
     return found
+
+
+def cache_options(function: Command) -> Command:
+    """Options for where a reference's predictions are kept; the command gets one argument `cache`."""
+
+    @click.option("--cache/--no-cache", default=True, help="Keep what the reference predicts on disk.")
+    @click.option("--cache-limit", metavar="SIZE", default="20GiB", show_default=True, help="Keep no more than this.")
+    @functools.wraps(function)
+    def wrapped(*args: Any, cache: bool, cache_limit: str, **others: Any) -> Any:
+        from localmix.reference import Cache
+
+        limit = parse_size(cache_limit)
+        return function(*args, cache=Cache.of_user(limit) if cache else None, **others)
+
+    return cast(Command, wrapped)
 
 
 @click.command()
@@ -78,11 +94,14 @@ def _contexts(ctx: click.Context, param: click.Parameter, value: str | None) -> 
     type=MODEL,
     help="Also measure how far the others are from this one: F16, BF16 or Q8_0 of the same model.",
 )
-@click.option("--cache/--no-cache", default=True, help="Keep what the reference predicts on disk, for the next time.")
-@click.option("--cache-limit", metavar="SIZE", default="20GiB", show_default=True, help="Keep no more than this.")
+@cache_options
 @click.option("--paired", is_flag=True, help="With several contexts: score the same tokens at each.")
 @click.option("--speed/--no-speed", default=True, help="Measure milliseconds per generated token too.")
-@click.option("--published", type=click.Choice(PUBLISHED), help="Show this published table beside what is measured.")
+@click.option(
+    "--published",
+    metavar="chinese-mixtral|chinese-llama-2",
+    help="Show this published table beside what is measured.",
+)
 @click.option("--html", type=FILE, help="Write a page with the table and the plots.")
 @click.option("--plot", type=FILE, help="Write the plots as FILE.png or FILE.svg.")
 @click.option("--csv", is_flag=True, help="The table as CSV.")
@@ -93,7 +112,7 @@ def _contexts(ctx: click.Context, param: click.Parameter, value: str | None) -> 
 @examples(
     "localmix ppl --corpus heldout.txt",
     "localmix ppl tinymix:Q8_0 tinymix:Q2_K other.gguf --corpus heldout.txt --ctx 512",
-    "localmix ppl --set chinese-mixtral --kld tinymix:BF16 --corpus examples/tinymix/heldout.txt --html table.html",
+    "localmix ppl --set chinese-mixtral --kld tinymix:BF16 --corpus heldout.txt --html table.html",
     "localmix ppl tinymix:Q4_K --corpus heldout.txt --ctx 256,512,1024,2048 --paired",
 )
 def command(
@@ -104,8 +123,7 @@ def command(
     types: str | None,
     set_name: str | None,
     reference: str | None,
-    cache: bool,
-    cache_limit: str,
+    cache: Cache | None,
     paired: bool,
     speed: bool,
     published: str | None,
@@ -133,7 +151,6 @@ def command(
     from localmix.perplexity import Conditions
     from localmix.presets import load_presets
     from localmix.published import find
-    from localmix.reference import Cache
 
     console = Console(json)
     curve = contexts is not None and len(contexts) > 1
@@ -143,7 +160,6 @@ def command(
         raise UsageError("--kld takes one context.", "Measure the curve without it.")
     if csv and (markdown or json):
         raise UsageError("--csv is another form than --markdown and --json.", "Choose one.")
-    keep = Cache.of_user(parse_size(cache_limit)) if cache else None
     outputs = _Outputs(console, html, plot, markdown, csv)
     texts = find_corpora(corpora)  # before anything is quantized for it
     names = parse_types(types) if types else []
@@ -165,7 +181,7 @@ def command(
         _measure_curve(outputs, subjects, texts, contexts, conditions, paired, beside)
         library.remember(paths)
         return 0
-    done = _measure_table(outputs, subjects, texts, conditions, speed, compared, keep, beside)
+    done = _measure_table(outputs, subjects, texts, conditions, speed, compared, cache, beside)
     library.remember(paths)
     for note in sorted({note for measured in done if measured.perplexity for note in measured.perplexity.notes}):
         console.warn(note)
@@ -281,7 +297,9 @@ def _measure_table(
         return Provenance.of(corpora, scored, conditions, reference=reference.path.name if reference else "")
 
     def draw() -> None:
-        outputs.draw(quantization_table(rows(), " ".join((provenance().caption, *_about(published)))))
+        outputs.draw(
+            quantization_table(rows(), " ".join((provenance().caption, *(published.about if published else ()))))
+        )
 
     try:
         with outputs.console.progress() as progress:
@@ -301,7 +319,7 @@ def _measure_table(
         provenance().fields,
         rows(),
         published.points if published else (),
-        _about(published),
+        published.about if published else (),
     )
     return done
 
@@ -331,7 +349,9 @@ def _measure_curve(
         way = "Each context scores the second halves of its own chunks"
         if paired:
             way = "Every context scores the same tokens, those in the second halves of the longest chunks"
-        outputs.draw(curve_table(points(), " ".join((f"{way}.", provenance().caption, *_about(published)))))
+        outputs.draw(
+            curve_table(points(), " ".join((f"{way}.", provenance().caption, *(published.about if published else ()))))
+        )
 
     try:
         with outputs.console.progress() as progress:
@@ -348,12 +368,13 @@ def _measure_curve(
             draw()
         raise
     outputs.console.result({**asdict(provenance()), "points": points()}, draw)
-    outputs.write(f"{subjects[0].model}: perplexity over context", provenance().fields, (), points(), _about(published))
-
-
-def _about(published: PublishedTable | None) -> tuple[str, ...]:
-    """What has to be said beside published figures."""
-    return (f"Published figures: {published.source}.", *published.notes) if published else ()
+    outputs.write(
+        f"{subjects[0].model}: perplexity over context",
+        provenance().fields,
+        (),
+        points(),
+        published.about if published else (),
+    )
 
 
 def _within(progress: Callable[[int, int, str], None], corpus: Corpus) -> Callable[[int, int, str], None]:

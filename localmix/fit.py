@@ -83,13 +83,14 @@ class Examiner:
     Args:
         wish: how they are to be run.
         room: of the processor's memory.
+        gpus: to be used; None to look for those that the wish means.
     """
 
-    def __init__(self, wish: Wish, room: Available) -> None:
+    def __init__(self, wish: Wish, room: Available, gpus: Sequence[Device] | None = None) -> None:
         self._wish = wish
         self._room = room
         self._known: dict[tuple[tuple[str, tuple[int, ...]], ...], Requirements] = {}
-        self._gpus: list[Device] | None = None
+        self._gpus = gpus
 
     def examine(self, path: Path) -> Fit:
         """How a model's file goes into this machine.
@@ -162,7 +163,7 @@ class Examiner:
         shape = tuple((tensor.name, tensor.shape) for tensor in source.tensors)
         return self._known.setdefault(shape, Requirements(source))
 
-    def _find_gpus(self) -> list[Device]:
+    def _find_gpus(self) -> Sequence[Device]:
         if self._gpus is None:
             self._gpus = find_gpus(self._wish.device)
         return self._gpus

@@ -28,6 +28,7 @@ _TOKEN_BYTES = 170  # one token in llama.cpp's vocabulary: text, score and two m
 _MERGE_BYTES = 120
 _KV_CELLS = 256  # llama.cpp rounds the context up to a multiple
 _PROBES = 32
+_LONGEST_SIMULATED = 2**20  # llama.cpp notes each cell of a cache, even of one that it only pretends to make
 
 
 class Requirements:
@@ -51,7 +52,11 @@ class Requirements:
         from localmix import worker
         from localmix.simulation import simulate, skeleton
 
-        wanted = [setting for setting in dict.fromkeys(settings) if (setting, placement) not in self._simulated]
+        wanted = [
+            setting
+            for setting in dict.fromkeys(settings)
+            if (setting, placement) not in self._simulated and setting.context <= _LONGEST_SIMULATED
+        ]
         if not wanted:
             return
         # a file system without holes, a model that cannot do without its vocabulary, a type that its heads refuse:

@@ -58,7 +58,7 @@ def command(
     from localmix.cli.plan import sort_out
     from localmix.errors import InputError
     from localmix.fit import fit_table
-    from localmix.table import Column, Table, size_unit
+    from localmix.table import Column, Table
 
     console = Console(json)
     model, names = sort_out(words, set_name)
@@ -92,7 +92,8 @@ def command(
     }
 
     def draw() -> None:
-        unit, unit_name = size_unit(need.total for row in found.rows for need in row.needs)
+        largest = max(need.total for row in found.rows for need in row.needs)
+        unit, unit_name = (memory.GIB, "GiB") if largest >= memory.GIB else (memory.MIB, "MiB")
         columns = [Column("Type", number=False), *(Column(_short(context)) for context in found.contexts)]
         words = {memory.Verdict.RUNS_WELL: "well", memory.Verdict.LOADS: "loads", memory.Verdict.NO: "no"}
         rows = [

@@ -106,6 +106,15 @@ class Examiner:
             fit = self._fit(source, weigh(source.tensors), setting)
             return replace(fit, path=path, trained=trained)
 
+    def beside(self, path: Path) -> Available:
+        """What a file leaves of the processor's memory for another model, in the same program."""
+        from localmix.table import size
+
+        need = self.examine(path).need
+        taken = need.total - need.program
+        limit = f"{self._room.limit}, without the {size(taken)} of {path.name}"
+        return Available(max(0, self._room.bytes - taken), limit)
+
     def remedies(self, fit: Fit) -> list[str]:
         """What would help a model that does not run well, each a sentence, the most useful first."""
         with open_source(fit.path) as source:

@@ -162,7 +162,7 @@ def _cgroup_headroom(
                 if measured is not None:
                     headroom, limit = measured
                     group = "/" + "/".join(parts[:depth])
-                    found.append((headroom, f"what the limit of {limit / GIB:.2f} GiB of cgroup {group} leaves"))
+                    found.append((headroom, f"the {limit / GIB:.2f} GiB limit of cgroup {group}"))
     return found
 
 

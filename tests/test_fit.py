@@ -55,6 +55,13 @@ def test_mixtral_on_16_gb(mixtral: Path) -> None:
     assert examiner.examine(mixtral / "mixtral-Q8_0.gguf").repack
 
 
+def test_a_draft_model_takes_room_from_the_other(mixtral: Path, random_model: Path) -> None:
+    left = Examiner(Wish(), FLOOR).beside(random_model)
+    assert 0 < FLOOR.bytes - left.bytes < 100 * MIB
+    assert left.limit.endswith("of random.gguf")
+    assert Examiner(Wish(), FLOOR).beside(mixtral / "mixtral-Q8_0.gguf").bytes == 0
+
+
 def test_remedies_of_a_model_that_is_too_large(mixtral: Path) -> None:
     examiner = Examiner(Wish(), FLOOR)
     remedies = examiner.remedies(examiner.examine(mixtral / "mixtral-Q4_K_M.gguf"))

@@ -46,7 +46,7 @@ def test_the_tightest_cgroup_on_the_way_to_the_root_counts(tmp_path: Path) -> No
     make_group(root / "user", str(3 * GIB), 2 * GIB, GIB)
     make_group(root, str(8 * GIB), 2 * GIB, 0)
     found = memory._cgroup_headroom(groups, root)
-    assert min(found) == (2 * GIB, "what the limit of 3.00 GiB of cgroup /user leaves")
+    assert min(found) == (2 * GIB, "the 3.00 GiB limit of cgroup /user")
     assert len(found) == 2
 
 
@@ -54,7 +54,7 @@ def test_a_container_sees_its_own_group_at_the_root(tmp_path: Path) -> None:
     groups, root = tmp_path / "cgroup", tmp_path / "fs"
     groups.write_text("0::/not/visible/here\n")
     make_group(root, str(GIB), 0, 0)
-    assert memory._cgroup_headroom(groups, root) == [(GIB, "what the limit of 1.00 GiB of cgroup / leaves")]
+    assert memory._cgroup_headroom(groups, root) == [(GIB, "the 1.00 GiB limit of cgroup /")]
 
 
 def test_version_1_of_cgroups(tmp_path: Path) -> None:
@@ -65,9 +65,7 @@ def test_version_1_of_cgroups(tmp_path: Path) -> None:
     (folder / "memory.limit_in_bytes").write_text(str(2 * GIB))
     (folder / "memory.usage_in_bytes").write_text(str(GIB))
     (folder / "memory.stat").write_text(f"cache 1\ntotal_inactive_file {GIB // 2}\ntotal_active_file 0\n")
-    assert memory._cgroup_headroom(groups, root) == [
-        (GIB + GIB // 2, "what the limit of 2.00 GiB of cgroup /box leaves")
-    ]
+    assert memory._cgroup_headroom(groups, root) == [(GIB + GIB // 2, "the 2.00 GiB limit of cgroup /box")]
     (folder / "memory.limit_in_bytes").write_text("9223372036854771712")
     assert memory._cgroup_headroom(groups, root) == []
 

@@ -103,6 +103,7 @@ class MemoryCheck:
     Args:
         context: positions; None for 4096, less if the model was trained for less.
         kv_type, device, gpu_layers, experts: as `placement_options` gives them.
+        draft: a second model that is loaded with the first, in the same context.
     """
 
     def __init__(
@@ -114,12 +115,17 @@ class MemoryCheck:
         device: str = "auto",
         gpu_layers: int | None = None,
         experts: str = "auto",
+        draft: Path | None = None,
     ) -> None:
         from localmix import memory
         from localmix.fit import Examiner, Wish
 
         self._console = console
-        self._examiner = Examiner(Wish(context, kv_type, device, gpu_layers, experts), memory.available())
+        wish = Wish(context, kv_type, device, gpu_layers, experts)
+        room = memory.available()
+        if draft is not None:
+            room = Examiner(wish, room).beside(draft)
+        self._examiner = Examiner(wish, room)
 
     def fits(self, file: ModelFile) -> bool:
         """Whether a file of the library runs well."""

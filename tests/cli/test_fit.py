@@ -156,7 +156,7 @@ def test_the_limit_of_a_real_cgroup_is_found_and_named(localmix: CommandLine) ->
 
         planned = inside("plan", "fox", "Q8_0")
         assert planned.returncode == 0, planned.stderr
-        assert f"what the limit of 1.00 GiB of cgroup {name} leaves" in planned.stdout
+        assert f"the 1.00 GiB limit of cgroup {name}" in planned.stdout
         refused = inside("chat", "fox", "-p", "x", "--ctx", "1000000")
         assert refused.returncode == 4, refused.stdout + refused.stderr
-        assert f"the limit of 1.00 GiB of cgroup {name}" in refused.stderr
+        assert f"the 1.00 GiB limit of cgroup {name}" in refused.stderr

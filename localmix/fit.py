@@ -35,6 +35,7 @@ class Wish:
         device: as `choose_gpus` reads it.
         gpu_layers: None for as many as fit.
         experts: auto, cpu or gpu.
+        sequences: texts that share the context.
     """
 
     context: int | None = None
@@ -42,6 +43,7 @@ class Wish:
     device: str = "auto"
     gpu_layers: int | None = None
     experts: str = "auto"
+    sequences: int = 1
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class Examiner:
         with open_source(path) as source:
             trained = memory.trained_context(source)
             context = self._wish.context or min(memory.DEFAULT_CONTEXT, trained)
-            setting = Setting(context, self._wish.kv_type)
+            setting = Setting(context, self._wish.kv_type, sequences=self._wish.sequences)
             fit = self._fit(source, weigh(source.tensors), setting)
             return replace(fit, path=path, trained=trained)
 
@@ -128,13 +130,15 @@ class Examiner:
             silent = next(gpu.name for gpu in gpus if not gpu.total)
             notes = (f"{silent} does not say how much memory it has: name a number with --gpu-layers to use it.",)
             gpus = []
+        elif not gpus and self._wish.gpu_layers:
+            notes = (f"--gpu-layers {self._wish.gpu_layers} does nothing: there is no GPU to be used.",)
         if gpus and self._wish.gpu_layers != 0:
             return replace(self._with_gpus(requirements, weights, setting, gpus, self._wish.gpu_layers), notes=notes)
         need = requirements.need(weights, setting)
         if need.total > _CLEARLY_FITS * self._room.bytes:
             requirements.simulate([setting])
             need = requirements.need(weights, setting, repacked_bytes(weights))
-        alone = Split(PROCESSOR, 0, 0, {}, fits=True)
+        alone = Split(PROCESSOR)
         verdict = self._room.verdict(need)
         repack = need.anonymous <= self._room.bytes
         return Fit(source.path, setting, 0, need, self._room, verdict, alone, repack=repack, notes=notes)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 from localmix.gguf_format import tensor_bytes
@@ -22,7 +22,7 @@ _BLOCK = re.compile(r"blk\.(\d+)\.")
 _EXPERTS = re.compile(r"ffn_(up|down|gate|gate_up)_(ch|)exps")  # as llama.cpp's --n-cpu-moe
 
 # Of each device's free memory this much is left: for its driver, a display, and what the graph's splits add.
-_RESERVE_BYTES = 512 * 2**20
+RESERVE_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True)
@@ -97,14 +97,19 @@ class Split:
     Attributes:
         weights, kv: bytes that lie on GPUs.
         devices: bytes on each device, its compute buffer included.
-        fits: whether each device of known memory has room for its part.
+        overfull: the devices of known memory that have no room for their part.
     """
 
     placement: Placement
-    weights: int
-    kv: int
-    devices: Mapping[str, int]
-    fits: bool
+    weights: int = 0
+    kv: int = 0
+    devices: Mapping[str, int] = field(default_factory=dict)
+    overfull: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        """Whether each device has room for its part."""
+        return not self.overfull
 
 
 def split(
@@ -154,7 +159,7 @@ def _load(
     """What a placement puts on each device."""
     count = placement.gpu_layers or 0
     if not count:
-        return Split(placement, 0, 0, {}, fits=True)
+        return Split(placement)
     # a device that does not say counts for llama.cpp as if it had the machine's memory; equal parts come near it
     shares = list(accumulate(device.free or 1 for device in devices))
     used = {device.name: compute.get(device.name, 0) for device in devices}
@@ -172,5 +177,5 @@ def _load(
             used[name] += kv[block]
         used[name] += size
         on_devices += size
-    fits = all(used[device.name] + _RESERVE_BYTES <= device.free for device in devices if device.total)
-    return Split(placement, on_devices, cached, used, fits)
+    overfull = (device.name for device in devices if device.total and used[device.name] + RESERVE_BYTES > device.free)
+    return Split(placement, on_devices, cached, used, tuple(overfull))

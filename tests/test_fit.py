@@ -179,3 +179,9 @@ def test_the_table_of_a_file_elsewhere(random_model: Path) -> None:
     found = fit_table(random_model, FLOOR, names=["Q8_0"], contexts=[300], kv_type="q8_0")
     assert [row.type for row in found.rows] == ["Q8_0"] and found.contexts == (300,)
     assert len(found.rows[0].needs) == 1 and not found.rows[0].in_library
+
+
+def test_layers_for_a_gpu_that_is_not_there(random_model: Path) -> None:
+    fit = Examiner(Wish(gpu_layers=5), FLOOR, []).examine(random_model)
+    assert fit.placement == PROCESSOR
+    assert fit.notes == ("--gpu-layers 5 does nothing: there is no GPU to be used.",)

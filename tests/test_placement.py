@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pytest
 
 from localmix.native.devices import PROCESSOR, Device, Placement
-from localmix.placement import _RESERVE_BYTES as RESERVE
+from localmix.placement import RESERVE_BYTES as RESERVE
 from localmix.placement import Layer, Split, Weights, split, weigh
 from localmix.sources.base import TensorInfo
 from localmix.tensor_types import TensorType
@@ -38,7 +38,7 @@ def place(weights: Weights, *free: int, kv: int = 5, compute: int = 7, **wish: o
 
 def test_a_model_that_fits_lies_on_the_gpu_whole() -> None:
     found = place(dense(4), 4 * 105 + 50 + 7)
-    assert found == Split(Placement(5), 450, 20, {"CUDA0": 477}, fits=True)
+    assert found == Split(Placement(5), 450, 20, {"CUDA0": 477})
 
 
 def test_a_byte_less_and_a_layer_stays() -> None:
@@ -49,7 +49,7 @@ def test_a_byte_less_and_a_layer_stays() -> None:
 
 def test_the_output_layer_is_the_first_to_go_there() -> None:
     assert place(dense(4), 57).placement == Placement(1)
-    assert place(dense(4), 56) == Split(PROCESSOR, 0, 0, {}, fits=True)
+    assert place(dense(4), 56) == Split(PROCESSOR)
 
 
 def test_experts_stay_first() -> None:
@@ -78,7 +78,7 @@ def test_the_user_may_say_where_experts_lie() -> None:
 def test_the_user_may_say_how_many_layers() -> None:
     assert place(dense(4), 10_000, gpu_layers=2).placement == Placement(2)
     assert place(dense(4), 10_000, gpu_layers=99).placement == Placement(5)
-    assert place(dense(4), 10_000, gpu_layers=0) == Split(PROCESSOR, 0, 0, {}, fits=True)
+    assert place(dense(4), 10_000, gpu_layers=0) == Split(PROCESSOR)
     tight = place(dense(4), 100, gpu_layers=3)
     assert tight.placement == Placement(3) and not tight.fits and tight.devices == {"CUDA0": 50 + 2 * 105 + 7}
     assert place(mixture(4), 117, gpu_layers=5).placement == Placement(5, 4)
@@ -106,7 +106,9 @@ def test_several_gpus_take_rows_of_layers_in_proportion_to_their_memory() -> Non
 
 def test_each_gpu_must_hold_its_part() -> None:
     # the output layer is larger than what is free on the second of two equal GPUs
-    assert place(dense(3, size=10, output=500), 400, 400) == Split(PROCESSOR, 0, 0, {}, fits=True)
+    weights = dense(3, size=10, output=500)
+    assert place(weights, 400, 400) == Split(PROCESSOR)
+    assert place(weights, 400, 400, gpu_layers=4).overfull == ("CUDA1",)
 
 
 @pytest.mark.parametrize("seed", range(30))

@@ -164,21 +164,23 @@ class MemoryCheck:
 def _sentence(fit: Fit) -> str:
     """What is wrong, with numbers."""
     from localmix.memory import FLOOR_GB, Verdict, is_below_floor
+    from localmix.placement import RESERVE_BYTES
     from localmix.table import size
 
     name, room = fit.path.name, fit.room
     if not fit.split.fits:
-        device = next(gpu for gpu in fit.gpus if fit.split.devices.get(gpu.name, 0) > 0)
+        device = next(gpu for gpu in fit.gpus if gpu.name in fit.split.overfull)
+        has = "whose working set has" if device.shares_memory else "which has"
         return (
-            f"{name} puts {size(fit.split.devices[device.name])} on {device.name}, which has {size(device.free)} free"
-            " and keeps some of it for itself."
+            f"{name} puts {size(fit.split.devices[device.name])} on {device.name}, {has} {size(device.free)} free"
+            f" and needs {size(RESERVE_BYTES)} of that for itself."
         )
     have = f"{size(room.bytes)} is available: {room.limit}"
     if fit.verdict is Verdict.LOADS:
         missing = size(fit.need.total - room.bytes)
         said = (
             f"{name} needs {size(fit.need.total)} of memory, but {have}. It loads, and {missing} of its weights are"
-            " read from the disk again and again: expect seconds for each token."
+            " read from the disk again and again, which is slow."
         )
     else:
         said = f"{name} needs {size(fit.need.mapped.anonymous)} of memory besides its weights, but {have}."

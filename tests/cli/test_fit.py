@@ -14,10 +14,11 @@ import pytest
 
 from localmix import memory
 from localmix.cli.console import Console
-from localmix.cli.memory_check import MemoryCheck
+from localmix.cli.memory_check import MemoryCheck, _draw_need, _sentence
 from localmix.errors import CapacityError
+from localmix.fit import Examiner, Wish
 from localmix.memory import GIB, Available
-from localmix.native.devices import PROCESSOR
+from localmix.native.devices import PROCESSOR, Device
 from localmix.simulation import skeleton
 from tests.commands import CommandLine
 from tests.memory_jobs import hollow, write_config
@@ -105,6 +106,19 @@ def test_what_does_not_load_is_refused(
         assert remedy in caught.value.hint
     assert "KV cache of 32768 positions in f16" in capsys.readouterr().err
     assert check.check(mixtral, force=True).context == 32768
+
+
+def test_a_gpu_that_is_too_small_is_named(mixtral: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    card = Device("CUDA0", "a card", "gpu", 12 * GIB, 12 * GIB)
+    room = memory.machine(64)
+    full = Examiner(Wish(gpu_layers=33, experts="gpu"), room, [card]).examine(mixtral)
+    assert "puts 27." in _sentence(full) and "on CUDA0, which has 12.00 GiB free" in _sentence(full)
+    part = Examiner(Wish(), room, [card]).examine(mixtral)
+    _draw_need(Console(), part)
+    said = capsys.readouterr().err
+    kept = part.placement.cpu_expert_layers
+    assert f"33 layers on CUDA0; the experts of the first {kept} layers stay in the processor's memory." in said
+    assert "free on CUDA0" in said
 
 
 @contextmanager

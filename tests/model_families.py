@@ -34,6 +34,20 @@ _BYTES = {"bos_token_id": 0, "eos_token_id": 1}
 _PIECES = {"bos_token_id": 1, "eos_token_id": 2}
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
+_GEMMA3 = {
+    **_DECODER,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_act": ...,
+    "num_hidden_layers": 7,
+    "tie_word_embeddings": True,
+    "head_dim": 24,
+    "query_pre_attn_scalar": 24,
+    "sliding_window": 16,
+    "rope_theta": 1e6,
+    "rope_local_base_freq": 10000.0,
+}
+_PHI3 = {"architectures": ["Phi3ForCausalLM"], "pad_token_id": 0, "sliding_window": None}
+
 # model_type and a word that tells variants apart → what its config.json says beyond the numbers.
 CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "llama": {**_DECODER, **_PIECES, "architectures": ["LlamaForCausalLM"], "head_dim": 24},
@@ -84,16 +98,88 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "mlp_only_layers": [],
         "norm_topk_prob": True,
     },
+    "gemma2": {
+        **_DECODER,
+        **_PIECES,
+        "architectures": ["Gemma2ForCausalLM"],
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "tie_word_embeddings": True,
+        "head_dim": 24,
+        "query_pre_attn_scalar": 24,
+        "sliding_window": 16,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+    },
+    "gemma3_text": {
+        **_GEMMA3,
+        **_PIECES,
+        "architectures": ["Gemma3ForCausalLM"],
+        "rope_scaling": None,
+    },
+    "gemma3": {
+        **_PIECES,
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "text_config": {
+            **NUMBERS,
+            **_GEMMA3,
+            "model_type": "gemma3_text",
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        },
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 56,
+            "patch_size": 14,
+        },
+        "mm_tokens_per_image": 4,
+        "torch_dtype": "float32",
+    },
+    "phi3": {**_DECODER, **_PIECES, **_PHI3, "original_max_position_embeddings": 512},
+    "phi3 long": {
+        **_DECODER,
+        **_PIECES,
+        **_PHI3,
+        "original_max_position_embeddings": 32,
+        "partial_rotary_factor": 0.75,
+        "rope_scaling": {
+            "type": "longrope",
+            "long_factor": [1.0, 1.1, 1.3, 2.0, 4.0, 8.0],
+            "short_factor": [1.0, 1.0, 1.05, 1.1, 1.2, 1.5],
+        },
+    },
+    "olmo2": {
+        **_DECODER,
+        **_BYTES,
+        "architectures": ["Olmo2ForCausalLM"],
+        "rope_theta": 500000.0,
+        "attention_bias": False,
+    },
 }
 
 
 def config_of(model: str) -> dict[str, Any]:
     """config.json of a model of `CONFIGS`."""
-    return {"model_type": model.split()[0], **NUMBERS, **CONFIGS[model]}
+    return _without_gaps({"model_type": model.split()[0], **NUMBERS, **CONFIGS[model]})
+
+
+def _without_gaps(config: dict[str, Any]) -> dict[str, Any]:
+    """A config without the keys whose value is `...`."""
+    return {
+        key: _without_gaps(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if value is not ...
+    }
 
 
 def sizes_of(config: Mapping[str, Any]) -> Sizes:
     """Names and sizes of the tensors that a checkpoint of this config.json holds."""
+    if "text_config" in config:
+        text = sizes_of(config["text_config"])
+        return {name.replace("model.", "model.language_model.", 1): size for name, size in text.items()} | _VISION
     sizes: Sizes = {"model.embed_tokens.weight": (config["vocab_size"], config["hidden_size"])}
     for layer in range(config["num_hidden_layers"]):
         for name, size in _layer(config, layer).items():
@@ -104,9 +190,17 @@ def sizes_of(config: Mapping[str, Any]) -> Sizes:
     return sizes
 
 
+_VISION: Sizes = {
+    "model.multi_modal_projector.mm_input_projection_weight": (32, 64),
+    "model.multi_modal_projector.mm_soft_emb_norm.weight": (32,),
+    "model.vision_tower.post_layernorm.weight": (32,),
+}
+
+
 def _layer(config: Mapping[str, Any], layer: int) -> Sizes:
     kind, hidden = config["model_type"], config["hidden_size"]
-    sizes: Sizes = {f"{name}.weight": (hidden,) for name in ("input_layernorm", "post_attention_layernorm")}
+    norms = _NORMS.get(kind, ("input_layernorm", "post_attention_layernorm"))
+    sizes: Sizes = {f"{name}.weight": (hidden,) for name in norms}
     head = config.get("head_dim") or hidden // config["num_attention_heads"]
     queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
     rows = {"q": queries, "k": keys, "v": keys}
@@ -114,9 +208,20 @@ def _layer(config: Mapping[str, Any], layer: int) -> Sizes:
     sizes["self_attn.o_proj.weight"] = (hidden, queries)
     if kind.startswith("qwen2"):
         sizes |= {f"self_attn.{name}_proj.bias": (count,) for name, count in rows.items()}
-    if kind.startswith("qwen3"):
+    if kind == "olmo2":
+        sizes |= {"self_attn.q_norm.weight": (queries,), "self_attn.k_norm.weight": (keys,)}
+    if kind.startswith(("qwen3", "gemma3")):
         sizes |= {f"self_attn.{name}_norm.weight": (head,) for name in "qk"}
-    if kind == "mixtral":
+    if kind == "phi3":
+        sizes = {
+            name: size
+            for name, size in sizes.items()
+            if name[:12] not in ("self_attn.q_", "self_attn.k_", "self_attn.v_")
+        }
+        sizes["self_attn.qkv_proj.weight"] = (queries + 2 * keys, hidden)
+        sizes["mlp.gate_up_proj.weight"] = (2 * config["intermediate_size"], hidden)
+        sizes["mlp.down_proj.weight"] = (hidden, config["intermediate_size"])
+    elif kind == "mixtral":
         sizes["block_sparse_moe.gate.weight"] = (config["num_local_experts"], hidden)
         for expert in range(config["num_local_experts"]):
             names = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
@@ -135,6 +240,19 @@ def _layer(config: Mapping[str, Any], layer: int) -> Sizes:
     return sizes
 
 
+_AROUND_BOTH = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+)
+_NORMS = {
+    "gemma2": _AROUND_BOTH,
+    "gemma3_text": _AROUND_BOTH,
+    "olmo2": ("post_attention_layernorm", "post_feedforward_layernorm"),
+}
+
+
 def _mlp(prefix: str, hidden: int, inner: int) -> Sizes:
     return {
         f"{prefix}gate_proj.weight": (inner, hidden),
@@ -149,13 +267,14 @@ def write_model(folder: Path, model: str) -> Path:
     config = config_of(model)
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     _write_tokenizer(folder, config)
+    tied = config.get("text_config", config)["tie_word_embeddings"]
     random = np.random.default_rng(zlib.crc32(model.encode()))
     tensors = {}
     for name, size in sizes_of(config).items():
         values = random.standard_normal(size, np.float32)
         if len(size) == 1:
             values = values / np.float32(10) + np.float32("norm" in name.lower())
-        elif "embed" not in name:
+        elif "embed" not in name or tied:  # as output, an embedding gives logits about 1
             values /= np.float32(np.sqrt(size[-1]))
         tensors[name] = ("F32", to_storage(values, "F32"))
     write_shard(folder / "model.safetensors", tensors)
@@ -167,7 +286,12 @@ def _write_tokenizer(folder: Path, config: Mapping[str, Any]) -> None:
     settings: dict[str, Any] = {"chat_template": CHAT_TEMPLATE}
     if config["bos_token_id"] == 1:
         (folder / "tokenizer.model").write_bytes(TOKENIZER.read_bytes())
-        settings |= {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
+        settings |= {
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "add_bos_token": True,
+            "tokenizer_class": "LlamaTokenizer",
+        }
     else:
         (folder / "tokenizer.json").write_bytes(BYTE_LEVEL.read_bytes())
         settings |= {"bos_token": "<|begin|>", "eos_token": "<|end|>", "tokenizer_class": "PreTrainedTokenizerFast"}

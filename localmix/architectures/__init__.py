@@ -7,14 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from localmix.architectures.base import Architecture
+from localmix.architectures.gemma import GEMMA2, GEMMA3, GEMMA3_TEXT
 from localmix.architectures.llama import LLAMA, MISTRAL, MIXTRAL
+from localmix.architectures.olmo import OLMO2
+from localmix.architectures.phi import PHI3
 from localmix.architectures.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
 from localmix.errors import InputError
 from localmix.sources.documents import shown
 
-ARCHITECTURES: Mapping[str, Architecture] = {
-    row.model_type: row for row in (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE)
-}
+_ROWS = (
+    *(LLAMA, MISTRAL, MIXTRAL),
+    *(QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE),
+    *(GEMMA2, GEMMA3, GEMMA3_TEXT),
+    *(PHI3, OLMO2),
+)
+ARCHITECTURES: Mapping[str, Architecture] = {row.model_type: row for row in _ROWS}
 
 
 def find_architecture(config: Mapping[str, Any], path: Path) -> Architecture:

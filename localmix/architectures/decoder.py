@@ -14,6 +14,7 @@ from localmix.architectures.base import (
     MOST_TOKENS,
     Default,
     Presence,
+    Rule,
     Setting,
     Settings,
     TensorRule,
@@ -22,6 +23,9 @@ from localmix.sources.base import f32, u32
 
 LAYER = "model.layers.{layer}."
 BLOCK = "blk.{layer}."
+
+
+_HEAD_KEYS = ("attention.key_length", "attention.value_length")
 
 
 def head_size(settings: Settings) -> int:
@@ -34,9 +38,17 @@ def one_per_head(settings: Settings) -> int:
     return int(settings["num_attention_heads"])
 
 
-def count(name: str, *keys: str, most: int = 2**20, **more: Default) -> Setting:
+def count(
+    name: str,
+    *keys: str,
+    least: int = 1,
+    most: int = 2**20,
+    absent: Default = Rule.REFUSE,
+    null: Default = Rule.REFUSE,
+) -> Setting:
     """A whole number that is written under these keys (after the architecture's name)."""
-    return Setting(name, int, most=most, keys=tuple("{arch}." + key for key in keys), write=u32, **more)  # type: ignore[arg-type]
+    written = tuple("{arch}." + key for key in keys)
+    return Setting(name, int, least, most, absent, null, written, u32)
 
 
 def decoder_settings(
@@ -45,6 +57,8 @@ def decoder_settings(
     epsilon: float,
     kv_heads: Default = one_per_head,
     head: Default = None,
+    heads: Default = Rule.REFUSE,
+    written_head: bool = True,
     vocabulary: Default = 32000,
     tied: bool = False,
     further: tuple[Setting, ...] = (),
@@ -53,6 +67,7 @@ def decoder_settings(
 
     Args:
         head: width of a head; None: nothing is written where config.json does not say it.
+        written_head: whether the width of a head is written at all.
         tied: whether embedding and output are one unless config.json says otherwise.
     """
     return (
@@ -60,9 +75,9 @@ def decoder_settings(
         count("hidden_size", "embedding_length"),
         count("intermediate_size", "feed_forward_length", most=2**24),
         count("num_hidden_layers", "block_count", most=MOST_LAYERS),
-        count("num_attention_heads", "attention.head_count", most=2**16),
+        count("num_attention_heads", "attention.head_count", most=2**16, absent=heads),
         count("num_key_value_heads", "attention.head_count_kv", most=2**16, absent=kv_heads, null=one_per_head),
-        count("head_dim", "attention.key_length", "attention.value_length", most=2**16, absent=head, null=head),
+        count("head_dim", *(_HEAD_KEYS if written_head else ()), most=2**16, absent=head, null=head),
         count("max_position_embeddings", "context_length", most=2**31 - 1, absent=context),
         Setting(
             "rms_norm_eps",

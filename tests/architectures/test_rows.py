@@ -60,10 +60,22 @@ def test_only_known_models() -> None:
         ("qwen2", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; llama.cpp computes qwen2 models with 'silu' only"),
         ("qwen2_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]"),
         ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step is 2"),
+        (
+            "gemma2",
+            {"query_pre_attn_scalar": 99},
+            "query_pre_attn_scalar is 99.0; llama.cpp scales by 24 in a model of 3",
+        ),
+        ("gemma3_text", {"layer_types": ["full_attention"] * 7}, "layer_types is not five layers with a window"),
+        ("gemma3_text", {"sliding_window": None}, "sliding_window is null"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
+        ("phi3 long", {"rope_scaling": {"type": "yarn"}}, "rope scaling of type 'yarn' is not known for this model"),
+        ("phi3 long", {"rope_scaling": {"type": "su", "long_factor": [1]}}, "long_factor is not a list of 6 positive"),
+        ("phi3 long", {"partial_rotary_factor": 2}, "partial_rotary_factor is 2"),
         ("qwen3_moe", {"num_experts_per_tok": 9}, "9 experts per token of only 4"),
     ],
 )
 def test_what_llama_cpp_does_not_compute(model: str, changes: dict[str, Any], problem: str) -> None:
     config = {**config_of(model), **changes}
+    row = ARCHITECTURES[config["model_type"]]
     with pytest.raises(InputError, match=problem):
-        ARCHITECTURES[config["model_type"]].settings(config, PATH)
+        row.derive(config, row.settings(config, PATH), PATH)

@@ -49,5 +49,9 @@ run localmix ppl --set chinese-mixtral --corpus examples/tinymix/heldout.txt --c
 say "And it talks."
 run localmix chat tinymix:Q4_K -p "Where does Wilma live?"
 
+say "A small model guesses ahead and the large one checks: the same answer. It pays where the large one is large."
+run localmix convert examples/tinymix-draft
+run localmix chat tinymix:Q4_K --draft tinymix-draft -p "Where does Wilma live?"
+
 printf '\nThe models are in build/demo. Talk on with:\n\n'
 printf '  LOCALMIX_HOME=build/demo localmix chat tinymix:Q4_K\n\n'

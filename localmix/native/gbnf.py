@@ -47,11 +47,9 @@ class Grammar:
         if not self._handle:
             # the parser writes past the log; the first line holds what it met, often with the source from there on
             words = [line.strip() for line in [*said, *lines] if line.strip()] or ["no reason given"]
-            reason = re.sub(r"^(\w+: )*(error parsing grammar: )?", "", words[0])
-            raise UsageError(
-                f"The grammar does not parse: {reason[:_REASON_LENGTH].rstrip('. ')}.",
-                "Its first rule is called `root`.",
-            )
+            reason = re.sub(r"^(\w+: )*(error parsing grammar: )?", "", words[0])[:_REASON_LENGTH].rstrip(". ")
+            reason = re.sub(r" at$", " at its end", reason)
+            raise UsageError(f"The grammar does not parse: {reason}.", "The rule that it starts with is called `root`.")
 
     def __enter__(self) -> Grammar:
         return self

@@ -132,7 +132,7 @@ def test_a_text_of_a_grammar(model: Model) -> None:
     ("source", "reason"),
     [
         ("", "empty"),
-        ("root ::= (", "end of input|expecting"),
+        ("root ::= (", r"expecting '\)' at its end"),
         ('start ::= "a"', "root"),
         ("root ::= missing", "missing|ndefined"),
         ('root ::= root "a"', "recursion"),

@@ -68,6 +68,8 @@ class Chooser:
 
     def draw(self, probabilities: NDArray[np.float64]) -> int:
         """A token from a distribution, which need not sum to 1."""
+        if self._settings.temperature <= 0:
+            return int(probabilities.argmax())
         sums = np.cumsum(probabilities)
         place = int(np.searchsorted(sums, self._random.random() * sums[-1], side="right"))
         return min(place, int(np.flatnonzero(probabilities)[-1]))  # rounding may lead beyond the end

@@ -126,7 +126,7 @@ class Speculation:
 
     @property
     def single_seconds(self) -> float | None:
-        """Median time of the steps that had no proposal: of one token without speculation."""
+        """Median time in which the model read one token: what a token takes without speculation, at least."""
         return statistics.median(self._single_seconds) if self._single_seconds else None
 
     def generate(self, chooser: Chooser, limit: int) -> Iterator[int]:
@@ -142,13 +142,16 @@ class Speculation:
         yield last
         made = 1
         while made < limit and not ends(last) and len(text.tokens) < context.length:
-            started = time.monotonic()
             # a reply's second token comes without a proposal, so that there is a time to compare with
             room = min(limit - made, context.length - len(text.tokens)) - 1 if made > 1 else 0
             wanted = min(length, room)
             proposal = self._drafter.propose([*text.tokens, last], wanted, free) if wanted > 0 else []
             before = len(text.tokens)
+            started = time.monotonic()
             text.append([last, *(token for token, _ in proposal)])
+            context.synchronize()
+            if not proposal:
+                self._single_seconds.append(time.monotonic() - started)
             said = self._check(proposal, chooser, before)
             taken = sum(token == proposed for token, (proposed, _) in zip(said, proposal, strict=False))
             text.truncate(before + len(said))
@@ -157,8 +160,6 @@ class Speculation:
                 self.accepted += taken
                 if self._adaptive:
                     length = min(length + 2, longest) if taken == len(proposal) else max(length - 1, 1)
-            else:
-                self._single_seconds.append(time.monotonic() - started)
             yield from said
             made += len(said)
             last = said[-1]

@@ -391,7 +391,6 @@ class Keeper:
             UsageError: the name is unsafe, or taken.
             LocalmixError: as `write` and `claim`.
         """
-        self.saving = True
         if name and name != self.name:
             if exists(name):
                 raise UsageError(f"There is a session {name!r} already.", "Choose another name.")
@@ -400,6 +399,7 @@ class Keeper:
                 if self.saved:
                     rename(self.name, name)
                 self._take(name, fresh.pop_all())
+        self.saving = True
         self.save(record)
 
     def _take(self, name: str, claim: contextlib.ExitStack) -> None:

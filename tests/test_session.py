@@ -161,6 +161,9 @@ def test_renaming_takes_the_state_along() -> None:
 def test_nothing_is_kept_unless_asked_for() -> None:
     with Keeper(saving=False) as keeper:
         keeper.save(Session("", turns=TURNS))
+        with pytest.raises(UsageError):
+            keeper.save_as("../x", Session("", turns=TURNS))
+        keeper.save(Session("", turns=TURNS))
         assert not session.folder().exists()
         keeper.save_as("after all", Session("", turns=TURNS))
         assert session.names() == ["after all"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -107,7 +108,7 @@ def _undo(talk: Talk, _: str) -> None:
 def _file(talk: Talk, text: str) -> None:
     if not text:
         raise UsageError("/file needs the path of a text file.")
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))
     try:
         if not path.is_file():
             raise FileError(f"{path} is {'no file' if path.exists() else 'not there'}.")
@@ -178,7 +179,7 @@ def _export(talk: Talk, text: str) -> None:
     if not talk.conversation.turns:
         raise UsageError("There is nothing to export yet.")
     record = talk.record()
-    path = Path(text or f"{record.name}.md").expanduser()
+    path = Path(os.path.expanduser(text or f"{record.name}.md"))
     if path.suffix not in _EXPORTS:
         raise UsageError(f"{path.name} ends neither with .md nor with .json.", "The ending chooses the format.")
     if path.exists():

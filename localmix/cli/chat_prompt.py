@@ -72,7 +72,8 @@ class Prompt:
         Raises:
             EOFError, KeyboardInterrupt: the user leaves.
         """
-        return self._session.prompt(default=prefill).strip()
+        typed = self._session.prompt(default=prefill).strip()
+        return typed.encode("utf-8", "replace").decode("utf-8")  # bytes that are no UTF-8 can be typed, too
 
     def _toolbar(self) -> str:
         """As many parts as the width has room for."""

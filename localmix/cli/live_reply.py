@@ -20,12 +20,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
 from rich.cells import cell_len
+from rich.text import Text
 
 from localmix.inert import inert
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.text import Text
 
     from localmix.cli.markdown import Block
 
@@ -115,9 +115,11 @@ class LiveReply:
         from localmix.cli.markdown import lines
 
         self._width = self._width or max(screen.columns - 1, 1)
-        drawn = [self._paint(line) for line in lines(block, self._width)]
+        texts = lines(block, self._width)
         if self._before is not None and not block.follows:
-            drawn.insert(0, "")
+            texts.insert(0, Text())
+        # painting is most of the work: not for lines that stay as they are
+        drawn = ["" if place < self._canvas.fixed else self._paint(line) for place, line in enumerate(texts)]
         return self._canvas.draw(drawn, screen)
 
     def _paint(self, line: Text) -> str:
@@ -127,12 +129,16 @@ class LiveReply:
 
 
 class Canvas:
-    """The lines of the open block on the terminal; the cursor stands at the end of the last one."""
+    """The lines of the open block on the terminal; the cursor stands at the end of the last one.
+
+    Attributes:
+        fixed: so many lines, from the first one on, can no longer be reached; what `draw` gets for them is not read.
+    """
 
     def __init__(self) -> None:
         self._lines: list[str] = []
         self._screen = _FALLBACK
-        self._fixed = 0  # so many lines, from the first one on, can no longer be reached
+        self.fixed = 0
         self._stale = False  # nobody knows where the last line begins: it can only be added to
 
     def draw(self, lines: list[str], screen: os.terminal_size) -> str:
@@ -140,11 +146,11 @@ class Canvas:
         old, last = self._lines, len(self._lines) - 1
         if old and (screen.columns != self._screen.columns or screen.lines < self._screen.lines):
             # some terminals break the lines anew, some cut them
-            self._fixed, self._stale = last, True
+            self.fixed, self._stale = last, True
         self._screen = screen
-        if len(lines) <= self._fixed:
+        if len(lines) <= self.fixed:
             return ""
-        first = self._fixed
+        first = self.fixed
         while first < min(len(old), len(lines)) and old[first] == lines[first]:
             first += 1
         if first == len(old) == len(lines):
@@ -161,16 +167,16 @@ class Canvas:
             up = sum(map(self._rows, old[first:])) - 1
             written = (f"\x1b[{up}A" if up else "") + "\r\x1b[J"
         if self._stale:
-            self._fixed, self._stale = len(old), False
+            self.fixed, self._stale = len(old), False
         written += "\n".join(lines[first:])
-        self._lines = old[: self._fixed] + lines[self._fixed :]
+        self._lines = old[: self.fixed] + lines[self.fixed :]
         self._fix()
         return written
 
     def close(self) -> str:
         """What to write so that the block stays as it is."""
         written = "\n" if self._lines else ""
-        self._lines, self._fixed, self._stale = [], 0, False
+        self._lines, self.fixed, self._stale = [], 0, False
         return written
 
     def _go_on(self, lines: list[str]) -> str:
@@ -194,18 +200,18 @@ class Canvas:
         written = rest + "".join(f"\n{line}" for line in lines[place + 1 :])
         self._lines = lines
         self._stale = place >= len(lines) - 1
-        self._fixed = min(place, len(lines) - 1) if self._stale else place + 1
+        self.fixed = min(place, len(lines) - 1) if self._stale else place + 1
         self._fix()
         return written
 
     def _fix(self) -> None:
         """Lines above the screen cannot be written again."""
         rows = 0
-        for place in range(len(self._lines) - 1, self._fixed - 1, -1):
+        for place in range(len(self._lines) - 1, self.fixed - 1, -1):
             rows += self._rows(self._lines[place])
             if rows >= self._screen.lines:
                 self._stale = self._stale or place == len(self._lines) - 1
-                self._fixed = min(place + 1, len(self._lines) - 1)
+                self.fixed = min(place + 1, len(self._lines) - 1)
                 return
 
     def _rows(self, line: str) -> int:

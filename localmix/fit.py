@@ -133,15 +133,16 @@ class Examiner:
         elif not gpus and self._wish.gpu_layers:
             notes = (f"--gpu-layers {self._wish.gpu_layers} does nothing: there is no GPU to be used.",)
         if gpus and self._wish.gpu_layers != 0:
-            return replace(self._with_gpus(requirements, weights, setting, gpus, self._wish.gpu_layers), notes=notes)
+            found = self._with_gpus(requirements, weights, setting, gpus, self._wish.gpu_layers)
+            if found.placement.gpu_layers:
+                return found
         need = requirements.need(weights, setting)
         if need.total > _CLEARLY_FITS * self._room.bytes:
             requirements.simulate([setting])
             need = requirements.need(weights, setting, repacked_bytes(weights))
-        alone = Split(PROCESSOR)
         verdict = self._room.verdict(need)
         repack = need.anonymous <= self._room.bytes
-        return Fit(source.path, setting, 0, need, self._room, verdict, alone, repack=repack, notes=notes)
+        return Fit(source.path, setting, 0, need, self._room, verdict, Split(PROCESSOR), repack=repack, notes=notes)
 
     def _with_gpus(
         self,
@@ -201,9 +202,9 @@ class Examiner:
         elif not fit.split.fits:
             fitting = self._with_gpus(requirements, weights, fit.setting, fit.gpus, None).split
             yield f"`--gpu-layers {fitting.placement.gpu_layers}` fits."
-        if fit.setting.kv_type == "f16":
-            small = replace(fit.setting, kv_type="q8_0")
-            requirements.simulate([fit.setting, small])
+        small = replace(fit.setting, kv_type="q8_0")
+        if fit.setting.kv_type == "f16" and not requirements.refuses(small):
+            requirements.simulate([fit.setting])
             saved = requirements.buffers(fit.setting).kv - requirements.buffers(small).kv
             then = verdict(small)
             better = f", then it {then.value}" if then is not fit.verdict and then is not Verdict.NO else ""

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from localmix.errors import InputError, LocalmixError
+from localmix.errors import InputError, Interrupted, LocalmixError
 from localmix.memory import MIB, Need, trained_context
 from localmix.native.devices import PROCESSOR, Placement
 from localmix.placement import Split, Weights
@@ -64,9 +64,17 @@ class Requirements:
         try:
             with skeleton(self._source) as path:
                 found = worker.run(simulate, path, wanted, placement)
-        except (OSError, LocalmixError, worker.WorkerFailure):
+        except Interrupted:
+            raise
+        except (OSError, LocalmixError):
             return
         self._simulated.update(((setting, placement), buffers) for setting, buffers in zip(wanted, found, strict=True))
+
+    def refuses(self, setting: Setting) -> bool:
+        """Whether llama.cpp, which answers about this model, does not about this setting."""
+        self.simulate([setting])
+        asked = self.simulated and setting.context <= _LONGEST_SIMULATED
+        return asked and (setting, PROCESSOR) not in self._simulated
 
     def buffers(self, setting: Setting, placement: Placement = PROCESSOR) -> Buffers:
         """What a setting takes: as simulated, else by formula."""

@@ -124,6 +124,22 @@ def test_too_many_layers_are_refused_with_the_number_that_fits(mixtral: Path) ->
     assert f"`--gpu-layers {fitting.placement.gpu_layers}` fits." in examiner.remedies(fit)
 
 
+def test_a_gpu_without_any_room_is_left_out(mixtral: Path) -> None:
+    full = Device("CUDA0", "a card", "gpu", 100 * MIB, 12 * GIB)
+    fit = Examiner(Wish(), FLOOR, [full]).examine(mixtral / "mixtral-Q4_K_M.gguf")
+    assert fit.placement == PROCESSOR and not fit.gpus
+    # so the processor's own order counts again
+    assert fit.need.repacked > 19 * GIB and not fit.repack
+
+
+def test_a_cache_type_that_the_heads_refuse_is_no_remedy(tmp_path: Path) -> None:
+    config = write_config(tmp_path / "odd", hidden_size=4096 - 32 * 8)  # heads of 120
+    examiner = Examiner(Wish(), Available(2 * GIB, "a test"))
+    fit = examiner.examine(config)
+    assert fit.verdict is Verdict.LOADS
+    assert not any("q8_0" in remedy for remedy in examiner.remedies(fit))
+
+
 def test_memory_that_a_driver_does_not_tell(mixtral: Path) -> None:
     silent = Device("Vulkan0", "a card", "gpu", 0, 0)
     fit = Examiner(Wish(), FLOOR, [silent]).examine(mixtral / "mixtral-IQ2_S.gguf")

@@ -31,6 +31,7 @@ from localmix.sources.base import (
 from localmix.sources.open import open_source
 from localmix.tensor_types import TensorType
 from tests.memory_jobs import hollow, peak, sliding_window_model, write_config, zeros
+from tests.random_model import write_random_model
 
 SMALL = {
     "hidden_size": 512,
@@ -214,6 +215,18 @@ def test_a_vocabulary_is_counted(random_model: Path) -> None:
         assert 0 < small < MIB
         source.metadata["tokenizer.ggml.merges"] = array(ValueType.STRING, ["a b"] * 10**5)
         assert 5 * MIB < vocabulary_bytes(source) - small < 20 * MIB
+
+
+def test_a_vocabulary_takes_what_was_predicted(tmp_path: Path) -> None:
+    path = write_random_model(tmp_path / "words.gguf", layers=1, experts=0, hidden=64, embedding_rows=100_000)
+    setting = Setting(512)
+    with open_source(path) as source:
+        requirements = Requirements(source)
+        requirements.simulate([setting])
+        need = requirements.need(weigh(source.tensors), setting)
+    real, _ = worker.run(peak, path, setting, fill=512)
+    assert need.vocabulary > 10 * MIB
+    assert real * 0.98 <= need.anonymous - need.program <= real + 8 * MIB
 
 
 def test_heads_may_differ_between_layers() -> None:

@@ -1,0 +1,99 @@
+"""`localmix ppl` with a reference, several texts and contexts, published rows; and `localmix compare`."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+import pytest
+
+from tests.commands import CommandLine
+
+MEASURE = ("--corpus", "corpus.txt", "--ctx", "64", "--chunks", "2", "--threads", "1", "--no-speed")
+
+
+@pytest.fixture
+def fox(localmix: CommandLine) -> CommandLine:
+    """The library's model `fox` in two types, and a cache of its own."""
+    localmix.variables["XDG_CACHE_HOME"] = str(localmix.folder / "cache")
+    localmix("quantize", "Q8_0,Q2_K")
+    return localmix
+
+
+def test_a_table_with_a_reference(fox: CommandLine) -> None:
+    run = fox("ppl", "fox:Q8_0", "fox:Q2_K", "--kld", "fox:BF16", *MEASURE, "--json")
+    reference, first, second = run.json["rows"]
+    assert (reference["type"], reference["is_reference"]) == ("BF16", True)
+    assert 0 < first["divergence"]["mean"] < second["divergence"]["mean"]
+    assert first["delta_error"] > 0
+    assert run.json["reference"] == "fox-BF16.gguf"
+    assert run.json["engine"].startswith("llama.cpp ") and run.json["threads"] == 1
+    assert run.json["corpora"][0] | {"sha256": ""} == {
+        "name": "corpus.txt",
+        "bytes": (fox.folder / "corpus.txt").stat().st_size,
+        "sha256": "",
+        "tokens": 62,
+        "chunks": 2,
+    }
+    kept = list((fox.folder / "cache" / "localmix" / "references").glob("*.logits"))
+    assert len(kept) == 1
+    streamed = fox("ppl", "fox:Q8_0", "fox:Q2_K", "--kld", "fox:BF16", "--no-cache", *MEASURE, "--json").json["rows"]
+    assert [row["divergence"] for row in streamed] == [None, first["divergence"], second["divergence"]]
+
+    written = ("--html", "table.html", "--plot", "table.svg")
+    run = fox(
+        "ppl",
+        "--types",
+        "Q8_0",
+        "--kld",
+        "fox:BF16",
+        *MEASURE,
+        *written,
+        "--markdown",
+        "--published",
+        "chinese-mixtral",
+    )
+    assert "KLD 99 %" in run.out and "against fox-BF16.gguf" in run.out
+    assert "Chinese-Mixtral (published)" in run.out and "Published figures: https://" in run.out
+    assert "fox" in (fox.folder / "table.html").read_text() and (fox.folder / "table.svg").stat().st_size > 1000
+
+
+def test_several_texts_have_an_average(fox: CommandLine) -> None:
+    (fox.folder / "other.txt").write_text("A dog sleeps under a tree, and a fox looks at it. " * 40)
+    run = fox("ppl", "fox:Q8_0", "--corpus", "other.txt", *MEASURE, "--csv")
+    rows = list(csv.DictReader(io.StringIO(run.out)))
+    assert [row["corpus"] for row in rows] == ["other.txt", "corpus.txt", "average of 2"]
+    low, high = sorted(float(row["ppl"]) for row in rows[:2])
+    assert low < float(rows[2]["ppl"]) < high
+
+
+def test_a_curve(fox: CommandLine) -> None:
+    options = ("--corpus", "corpus.txt", "--chunks", "2", "--threads", "1")
+    document = fox("ppl", "fox:Q8_0", *options, "--ctx", "128,32,64", "--paired", "--json").json
+    assert [(point["context"], point["tokens"]) for point in document["points"]] == [(32, 126), (64, 126), (128, 126)]
+    assert document["contexts"] == [32, 64, 128]
+    run = fox("ppl", "fox:Q8_0", *options, "--ctx", "32,64")
+    assert "Each context scores" in run.out and "corpus.txt (sha256" in run.out
+
+
+def test_refusals(fox: CommandLine) -> None:
+    corpus = ("--corpus", "corpus.txt")
+    assert "--paired needs several contexts" in fox.fails("ppl", "--paired", *corpus, expect=2)
+    assert "--kld takes one context" in fox.fails("ppl", "--kld", "fox", "--ctx", "32,64", *corpus, expect=2)
+    assert "'many' is no number of tokens" in fox("ppl", "--ctx", "many", *corpus, expect=2).err
+    assert "4 tokens are too few" in fox("ppl", "--ctx", "4", *corpus, expect=2).err
+    assert "'none' is no size" in fox.fails("ppl", "--cache-limit", "none", *corpus, expect=2)
+    assert "no published table 'x'" in fox.fails("ppl", "--published", "x", *corpus, expect=2)
+    assert "neither" in fox.fails("ppl", "--plot", "a.gif", *corpus, expect=2)
+    assert "nowhere does not exist" in fox.fails("ppl", "--html", "nowhere/a.html", *corpus, expect=5)
+    assert "same file" in fox.fails("compare", "fox:Q8_0", "fox:Q8_0", *corpus, expect=2)
+
+
+def test_compare(fox: CommandLine) -> None:
+    document = fox("compare", "fox:Q8_0", "fox:Q2_K", *MEASURE, "--json").json
+    first, second = document["rows"]
+    assert first["is_reference"] and second["divergence"]["mean"] > 0
+    assert document["verdict"]["ppl_ratio"] == pytest.approx(second["ppl"] / first["ppl"])
+    run = fox("compare", "fox:Q8_0", "fox:Q2_K", "--kld", "fox:BF16", *MEASURE)
+    assert "against fox-BF16.gguf" in run.out
+    assert run.out.splitlines()[-1].startswith("Q2_K is ") and "% smaller than Q8_0; " in run.out

@@ -95,6 +95,7 @@ def command(
     from localmix import library, session
     from localmix.chat import Conversation, Engine, EngineSettings
     from localmix.cli.chat_terminal import Talk, load, restore
+    from localmix.cli.chat_turn import prepare_drawing
     from localmix.cli.memory_check import MemoryCheck
     from localmix.errors import UsageError
 
@@ -141,6 +142,7 @@ def command(
         conversation.limit = settings.get(LIMIT, conversation.limit)
         if system is not None:
             conversation.system = system
+        prepare_drawing(raw)
         loaded = load(console, engine, session.state_path(found.name) if found else None)
         library.remember(engine.path)
         conversation.sampling = sampling_for(loaded.own_sampling, chosen)

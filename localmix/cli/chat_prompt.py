@@ -15,7 +15,7 @@ from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import create_output
 from prompt_toolkit.styles import Style
-from prompt_toolkit.utils import get_cwidth
+from prompt_toolkit.utils import get_cwidth, is_dumb_terminal
 
 from localmix.inert import inert
 
@@ -63,7 +63,8 @@ class Prompt:
             reserve_space_for_menu=_MENU_LINES,
             bottom_toolbar=self._toolbar,
             style=_STYLE,
-            output=create_output(always_prefer_tty=True),  # stdout may be a file
+            # stdout may be a file; without an output of its own prompt_toolkit spares a dumb terminal its escapes
+            output=None if is_dumb_terminal() else create_output(always_prefer_tty=True),
         )
 
     def ask(self, prefill: str = "") -> str:

@@ -277,7 +277,7 @@ class Talk:
         """How full the context is."""
         reply, loaded = self.conversation.last, self.conversation.engine.loaded
         total = loaded.context if loaded is not None else self.conversation.engine.settings.context
-        used = reply.context_used if reply is not None else 0
+        used = reply.context_used if reply is not None else loaded.restored_tokens if loaded is not None else 0
         return f"{used:,} of {total:,} tokens"
 
     def engine_memory(self) -> str:

@@ -341,6 +341,18 @@ def test_a_dumb_terminal_gets_plain_text(terminal: Terminal, localmix: CommandLi
     assert "\x1b" in (localmix.folder / "xterm.txt").read_text()
 
 
+@pytest.mark.skipif(shutil.which("script") is None, reason="no script(1)")
+def test_a_dumb_terminal_has_a_plain_chat(terminal: Terminal, localmix: CommandLine) -> None:
+    terminal.type(f"TERM=dumb script -qc '{CHAT} --max-tokens 3' chat.txt; echo code=$?")
+    terminal.wait(PROMPT)
+    terminal.type("Hello")
+    terminal.wait("cut off")
+    terminal.type("/quit")
+    terminal.wait("code=0")
+    written = (localmix.folder / "chat.txt").read_text(errors="replace")
+    assert "\x1b" not in written.replace("\x1b[?12l\x1b[?25h", "")  # the cursor is shown: prompt_toolkit insists
+
+
 def test_rm_asks(terminal: Terminal, localmix: CommandLine) -> None:
     terminal.type(f"{sys.executable} -m localmix rm fox; echo code=$?")
     terminal.wait("[y/N]")

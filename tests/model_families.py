@@ -46,6 +46,27 @@ _GEMMA3 = {
     "rope_theta": 1e6,
     "rope_local_base_freq": 10000.0,
 }
+_DEEPSEEK = {
+    **_EXPERTS,
+    "n_routed_experts": 4,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "norm_topk_prob": False,
+    "aux_loss_alpha": 0.001,
+}
+_FOLDED = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "routed_scaling_factor": 1.0,
+    "topk_method": "greedy",
+    "n_group": 1,
+    "topk_group": 1,
+}
 _PHI3 = {"architectures": ["Phi3ForCausalLM"], "pad_token_id": 0, "sliding_window": None}
 
 # model_type and a word that tells variants apart → what its config.json says beyond the numbers.
@@ -158,6 +179,39 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "rope_theta": 500000.0,
         "attention_bias": False,
     },
+    "deepseek": {
+        **_DECODER,
+        **_PIECES,
+        **_DEEPSEEK,
+        "architectures": ["DeepseekForCausalLM"],
+        "scoring_func": "softmax",
+    },
+    "deepseek_v2": {
+        **_DECODER,
+        **_BYTES,
+        **_DEEPSEEK,
+        **_FOLDED,
+        "q_lora_rank": 40,
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 4,
+            "original_max_position_embeddings": 128,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "mscale": 0.707,
+            "mscale_all_dim": 0.707,
+        },
+    },
+    "deepseek_v2 lite": {
+        **_DECODER,
+        **_BYTES,
+        **_DEEPSEEK,
+        **_FOLDED,
+        "q_lora_rank": None,
+        "num_hidden_layers": 26,
+        "hidden_size": 32,
+        "n_routed_experts": 2,
+    },
 }
 
 
@@ -208,6 +262,8 @@ def _layer(config: Mapping[str, Any], layer: int) -> Sizes:
     sizes["self_attn.o_proj.weight"] = (hidden, queries)
     if kind.startswith("qwen2"):
         sizes |= {f"self_attn.{name}_proj.bias": (count,) for name, count in rows.items()}
+    if kind == "deepseek_v2":
+        sizes = {name: (hidden,) for name in list(sizes)[:2]} | _folded(config)
     if kind == "olmo2":
         sizes |= {"self_attn.q_norm.weight": (queries,), "self_attn.k_norm.weight": (keys,)}
     if kind.startswith(("qwen3", "gemma3")):
@@ -228,9 +284,12 @@ def _layer(config: Mapping[str, Any], layer: int) -> Sizes:
             for name, size in _mlp("", hidden, config["intermediate_size"]).items():
                 own = names[name.removesuffix(".weight")]
                 sizes[f"block_sparse_moe.experts.{expert}.{own}.weight"] = size
-    elif "moe_intermediate_size" in config:
-        sizes["mlp.gate.weight"] = (config["num_experts"], hidden)
-        for expert in range(config["num_experts"]):
+    elif "moe_intermediate_size" in config and layer >= config.get("first_k_dense_replace", 0):
+        experts = config.get("num_experts") or config["n_routed_experts"]
+        sizes["mlp.gate.weight"] = (experts, hidden)
+        if kind.startswith("deepseek"):
+            sizes |= _mlp("mlp.shared_experts.", hidden, config["n_shared_experts"] * config["moe_intermediate_size"])
+        for expert in range(experts):
             sizes |= _mlp(f"mlp.experts.{expert}.", hidden, config["moe_intermediate_size"])
         if kind == "qwen2_moe":
             sizes |= _mlp("mlp.shared_expert.", hidden, config["shared_expert_intermediate_size"])
@@ -238,6 +297,26 @@ def _layer(config: Mapping[str, Any], layer: int) -> Sizes:
     else:
         sizes |= _mlp("mlp.", hidden, config["intermediate_size"])
     return sizes
+
+
+def _folded(config: Mapping[str, Any]) -> Sizes:
+    """Attention of DeepSeek V2."""
+    heads, hidden, rank = config["num_attention_heads"], config["hidden_size"], config["kv_lora_rank"]
+    plain, rotated, value = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
+    sizes: Sizes = {
+        "self_attn.kv_a_proj_with_mqa.weight": (rank + rotated, hidden),
+        "self_attn.kv_a_layernorm.weight": (rank,),
+        "self_attn.kv_b_proj.weight": (heads * (plain + value), rank),
+        "self_attn.o_proj.weight": (hidden, heads * value),
+    }
+    queries = heads * (plain + rotated)
+    if config["q_lora_rank"] is None:
+        return sizes | {"self_attn.q_proj.weight": (queries, hidden)}
+    return sizes | {
+        "self_attn.q_a_proj.weight": (config["q_lora_rank"], hidden),
+        "self_attn.q_a_layernorm.weight": (config["q_lora_rank"],),
+        "self_attn.q_b_proj.weight": (queries, config["q_lora_rank"]),
+    }
 
 
 _AROUND_BOTH = (
@@ -273,7 +352,8 @@ def write_model(folder: Path, model: str) -> Path:
     for name, size in sizes_of(config).items():
         values = random.standard_normal(size, np.float32)
         if len(size) == 1:
-            values = values / np.float32(10) + np.float32("norm" in name.lower())
+            # Gemma adds the 1 itself.
+            values = values / np.float32(10) + np.float32("norm" in name.lower() and "gemma" not in model)
         elif "embed" not in name or tied:  # as output, an embedding gives logits about 1
             values /= np.float32(np.sqrt(size[-1]))
         tensors[name] = ("F32", to_storage(values, "F32"))

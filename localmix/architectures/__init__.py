@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from localmix.architectures.base import Architecture
+from localmix.architectures.deepseek import DEEPSEEK, DEEPSEEK_V2
 from localmix.architectures.gemma import GEMMA2, GEMMA3, GEMMA3_TEXT
 from localmix.architectures.llama import LLAMA, MISTRAL, MIXTRAL
 from localmix.architectures.olmo import OLMO2
@@ -20,6 +21,7 @@ _ROWS = (
     *(QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE),
     *(GEMMA2, GEMMA3, GEMMA3_TEXT),
     *(PHI3, OLMO2),
+    *(DEEPSEEK, DEEPSEEK_V2),
 )
 ARCHITECTURES: Mapping[str, Architecture] = {row.model_type: row for row in _ROWS}
 

@@ -494,7 +494,7 @@ def _general_metadata(path: Path, row: Architecture, tensors: Sequence[TensorInf
     metadata = {"general.architecture": text(row.name), "general.type": text("model")}
     metadata |= _sampling_metadata(path / "generation_config.json")
     metadata["general.name"] = text(_model_name(path))
-    experts = [tensor for tensor in tensors if len(tensor.shape) == 3]
+    experts = [tensor for tensor in tensors if "_exps." in tensor.name]
     total = sum(tensor.elements for tensor in tensors)
     shared = total - sum(tensor.elements for tensor in experts)
     of_one_expert = sum(tensor.elements // tensor.shape[0] for tensor in experts)

@@ -15,6 +15,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -35,12 +36,42 @@ def compute(folder: Path) -> list[list[float]]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    if json.loads((folder / "config.json").read_text())["model_type"] == "deepseek":
+        model = first_deepseek(folder)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
         found = model.eval()(torch.tensor([TOKENS])).logits[0, list(POSITIONS), ::STRIDE]
     # Logits that are all alike would be equal to anything.
     assert found.std() > 0.3, f"{folder.name}: the logits hardly differ ({found.std()})"
     return [[round(value, 5) for value in row] for row in found.tolist()]
+
+
+def first_deepseek(folder: Path) -> Any:
+    """The first DeepSeek, which transformers lacks: its Llama, with the mixtures of its DeepSeek V2."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import DeepseekV2Config, LlamaConfig, LlamaForCausalLM
+    from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
+
+    config = json.loads((folder / "config.json").read_text())
+    model = LlamaForCausalLM(LlamaConfig(**{**config, "model_type": "llama"}))
+    weights = load_file(folder / "model.safetensors")
+    mixture = DeepseekV2Config(
+        **{**config, "model_type": "deepseek_v2", "num_local_experts": config["n_routed_experts"]}
+    )
+    for number, layer in enumerate(model.model.layers):
+        if number >= config["first_k_dense_replace"]:
+            layer.mlp = DeepseekV2Moe(mixture)
+            prefix = f"model.layers.{number}.mlp.experts."
+            parts = [
+                [weights.pop(f"{prefix}{expert}.{name}_proj.weight") for expert in range(config["n_routed_experts"])]
+                for name in ("gate", "up", "down")
+            ]
+            weights[prefix + "gate_up_proj"] = torch.cat([torch.stack(parts[0]), torch.stack(parts[1])], 1)
+            weights[prefix + "down_proj"] = torch.stack(parts[2])
+    model.load_state_dict(weights)
+    return model
 
 
 def main(models: list[str]) -> None:

@@ -71,6 +71,10 @@ def test_only_known_models() -> None:
         ("phi3 long", {"rope_scaling": {"type": "yarn"}}, "rope scaling of type 'yarn' is not known for this model"),
         ("phi3 long", {"rope_scaling": {"type": "su", "long_factor": [1]}}, "long_factor is not a list of 6 positive"),
         ("phi3 long", {"partial_rotary_factor": 2}, "partial_rotary_factor is 2"),
+        ("deepseek", {"norm_topk_prob": True}, "norm_topk_prob is True"),
+        ("deepseek_v2", {"topk_method": "group_limited_greedy"}, "topk_method is 'group_limited_greedy'"),
+        ("deepseek_v2", {"qk_rope_head_dim": 7}, "qk_rope_head_dim is 7, which is odd"),
+        ("deepseek_v2", {"q_lora_rank": None}, "only of 26 and 27 layers"),
         ("qwen3_moe", {"num_experts_per_tok": 9}, "9 experts per token of only 4"),
     ],
 )

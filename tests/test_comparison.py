@@ -144,8 +144,9 @@ def test_the_verdict() -> None:
     assert found.size_ratio == 0.4
     assert found.ppl_ratio == pytest.approx(math.exp((worse - nll).mean()))
     assert found.ppl_ratio_error == pytest.approx(found.ppl_ratio * 0.001, rel=0.05)
+    percent, error = 100 * (found.ppl_ratio - 1), 100 * found.ppl_ratio_error
     assert found.sentence == (
-        f"Q2_K is 60.0 % smaller than Q8_0; its perplexity is {100 * (found.ppl_ratio - 1):.2f} ± {100 * found.ppl_ratio_error:.2f} % higher."
+        f"Q2_K is 60.0 % smaller than Q8_0; its perplexity is {percent:.2f} ± {error:.2f} % higher."
     )
     alike = judge(measured("Q8_0", 1000, nll), measured("Q6_K", 1000, nll + random.normal(0, 0.1, len(nll))))
     assert alike.sentence.startswith("Q6_K is as large as Q8_0; this text shows no difference in perplexity (")

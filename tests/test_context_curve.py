@@ -71,6 +71,16 @@ def test_points(tmp_path: Path) -> None:
     assert paired[0].ppl != pytest.approx(alone[0].ppl, rel=1e-3)
 
 
+def test_memory_does_not_grow_with_context_times_vocabulary(tmp_path: Path) -> None:
+    """The logits of the scored half alone would take 500 MB."""
+    wide = write_random_model(
+        tmp_path / "wide.gguf", layers=1, hidden=64, feed_forward=64, experts=0, context=8192, embedding_rows=32000
+    )
+    found = measure(wide, write_text(tmp_path / "text.txt", 40_000), 8192, 1, threads=1)
+    assert found.tokens == 4095
+    assert found.memory_bytes is not None and found.memory_bytes < 400 << 20
+
+
 def test_the_table_has_names_where_they_differ(tmp_path: Path, random_model: Path) -> None:
     corpus = read_corpus([write_text(tmp_path / "text.txt", 1500)])
     points = list(measure_contexts(random_model, corpus, [64, 128], Conditions(chunks=2, threads=1), kind="F32"))

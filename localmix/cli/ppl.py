@@ -161,6 +161,7 @@ def command(
     if csv and (markdown or json):
         raise UsageError("--csv is another form than --markdown and --json.", "Choose one.")
     outputs = _Outputs(console, html, plot, markdown, csv)
+    beside = find(published) if published else None
     texts = find_corpora(corpora)  # before anything is quantized for it
     names = parse_types(types) if types else []
     names += [name for name in (load_presets().find_set(set_name) if set_name else ()) if name not in names]
@@ -175,7 +176,6 @@ def command(
     if contexts is None:
         contexts = [common_context([*subjects, *([compared] if compared else [])])]
     conditions = Conditions(contexts[0], chunks, threads, rope)
-    beside = find(published) if published else None
 
     if curve:
         _measure_curve(outputs, subjects, texts, contexts, conditions, paired, beside)

@@ -76,17 +76,17 @@ def test_a_curve(fox: CommandLine) -> None:
     assert "Each context scores" in run.out and "corpus.txt (sha256" in run.out
 
 
-def test_refusals(fox: CommandLine) -> None:
+def test_refusals(empty: CommandLine) -> None:
+    """Before a text or a model is looked for."""
     corpus = ("--corpus", "corpus.txt")
-    assert "--paired needs several contexts" in fox.fails("ppl", "--paired", *corpus, expect=2)
-    assert "--kld takes one context" in fox.fails("ppl", "--kld", "fox", "--ctx", "32,64", *corpus, expect=2)
-    assert "'many' is no number of tokens" in fox("ppl", "--ctx", "many", *corpus, expect=2).err
-    assert "4 tokens are too few" in fox("ppl", "--ctx", "4", *corpus, expect=2).err
-    assert "'none' is no size" in fox.fails("ppl", "--cache-limit", "none", *corpus, expect=2)
-    assert "no published table 'x'" in fox.fails("ppl", "--published", "x", *corpus, expect=2)
-    assert "neither" in fox.fails("ppl", "--plot", "a.gif", *corpus, expect=2)
-    assert "nowhere does not exist" in fox.fails("ppl", "--html", "nowhere/a.html", *corpus, expect=5)
-    assert "same file" in fox.fails("compare", "fox:Q8_0", "fox:Q8_0", *corpus, expect=2)
+    assert "--paired needs several contexts" in empty.fails("ppl", "--paired", *corpus, expect=2)
+    assert "--kld takes one context" in empty.fails("ppl", "--kld", "none", "--ctx", "32,64", *corpus, expect=2)
+    assert "'many' is no number of tokens" in empty("ppl", "--ctx", "many", *corpus, expect=2).err
+    assert "4 tokens are too few" in empty("ppl", "--ctx", "4", *corpus, expect=2).err
+    assert "'none' is no size" in empty.fails("ppl", "--cache-limit", "none", *corpus, expect=2)
+    assert "no published table 'x'" in empty.fails("ppl", "--published", "x", *corpus, expect=2)
+    assert "neither" in empty.fails("ppl", "--plot", "a.gif", *corpus, expect=2)
+    assert "nowhere does not exist" in empty.fails("ppl", "--html", "nowhere/a.html", *corpus, expect=5)
 
 
 def test_compare(fox: CommandLine) -> None:
@@ -97,3 +97,4 @@ def test_compare(fox: CommandLine) -> None:
     run = fox("compare", "fox:Q8_0", "fox:Q2_K", "--kld", "fox:BF16", *MEASURE)
     assert "against fox-BF16.gguf" in run.out
     assert run.out.splitlines()[-1].startswith("Q2_K is ") and "% smaller than Q8_0; " in run.out
+    assert "same file" in fox.fails("compare", "fox:Q8_0", "fox:Q8_0", "--corpus", "corpus.txt", expect=2)

@@ -90,6 +90,7 @@ class Engine:
         self._spare = child
         self._worker: Worker | None = None
         self._requests = 0
+        self._asked = 0  # the number of the request that is running, if it is for a reply
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Engine:
@@ -172,9 +173,11 @@ class Engine:
 
         A child in the middle of a long computation comes to its end later, and unheard.
         """
-        worker, number = self._worker, self._requests
-        if worker is not None:
-            worker.cancel()
+        worker, number = self._worker, self._asked
+        if worker is None:
+            return
+        worker.cancel()
+        if number:
             reminder = threading.Timer(STOP_SECONDS, lambda: worker.post(Overdue(number)))
             reminder.daemon = True
             reminder.start()
@@ -182,6 +185,7 @@ class Engine:
     def _request(self, content: Open | Ask | SaveState | RestoreState, last: type[Event]) -> Iterator[Event]:
         assert self._worker is not None
         self._requests += 1
+        self._asked = self._requests if isinstance(content, Ask) else 0
         self._worker.send(Request(self._requests, content))
         yield from self._until(last, self._requests)
 
@@ -213,8 +217,10 @@ class Engine:
                     raise
                 if isinstance(answer, Rendering):
                     deadline.stop() if answer.finished else deadline.start()
-                elif isinstance(answer, Overdue) and answer.number == number:
-                    raise _OverdueError
+                elif isinstance(answer, Overdue):
+                    # a template may be endless: then its own time limit ends the child, and nothing else would
+                    if answer.number == number and not deadline.running:
+                        raise _OverdueError
                 elif isinstance(answer, Answer) and answer.number == number:
                     if isinstance(answer.content, LocalmixError):
                         raise answer.content
@@ -274,6 +280,10 @@ class _Deadline:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
+    @property
+    def running(self) -> bool:
+        return self._timer is not None
+
     def start(self) -> None:
         self._timer = threading.Timer(TEMPLATE_SECONDS, self._kill)
         self._timer.daemon = True
@@ -282,6 +292,7 @@ class _Deadline:
     def stop(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
+            self._timer = None
 
     def _kill(self) -> None:
         self.expired = True

@@ -277,6 +277,7 @@ class _Desk:
             chooser = Chooser(ask.sampling, grammar)
             if self._speculation is not None:
                 speculation = self._speculation
+                speculation.drafted = speculation.accepted = 0  # a prompt that is not read to its end has none
                 yield lambda limit: speculation.generate(chooser, limit)
             else:
                 yield lambda limit: self._cache.generate(ChosenTokens(chooser, self._cache), limit)
@@ -339,7 +340,6 @@ class _Text:
         self.parts: list[str] = []
         self._send = send
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
         self._waiting = ""
         self._sent = 0.0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -26,7 +27,7 @@ from localmix.chat import (
     Reply,
     start_child,
 )
-from localmix.errors import CapacityError, FileError, InputError, UsageError
+from localmix.errors import CapacityError, FileError, InputError, Interrupted, UsageError
 from localmix.grammar import from_json_schema
 from localmix.sampling import Sampling
 from tests.checkpoints import Shape, write_checkpoint
@@ -367,6 +368,25 @@ def test_a_template_that_never_ends_is_killed(tmp_path: Path, monkeypatch: pytes
         pytest.raises(InputError, match="takes longer than"),
     ):
         ask(Conversation(engine), "Hello")
+
+
+def test_stop_while_the_template_runs_or_the_model_loads(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat, "TEMPLATE_SECONDS", 1.0)
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    with Engine(model, EngineSettings(context=64, threads=1, chat_template=endless)) as engine:
+        list(engine.load())
+        threading.Timer(0.3, engine.stop).start()
+        with pytest.raises(InputError, match="takes longer than"):
+            ask(Conversation(engine), "Hello")
+        assert engine.pid is None
+    with Engine(model, EngineSettings(context=64, threads=1)) as engine:
+        threading.Timer(0.05, engine.stop).start()
+        with contextlib.suppress(Interrupted):  # or it was loaded before
+            list(engine.load())
+        time.sleep(0.3)
+        assert ask(Conversation(engine, limit=2), "Hello").completion_tokens == 2
 
 
 def test_without_a_template_the_text_is_continued(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ KV_TYPES = {"f16": 2.0, "bf16": 2.0, "f32": 4.0, "q8_0": 34 / 32, "q4_0": 18 / 3
 
 # Both processes of a chat: 60 MiB of their own, and the shared libraries' files.
 _PROGRAM_BYTES = 110 * MIB
-_GRAPH_BYTES = 4 * MIB  # llama.cpp's own bookkeeping for a context: nodes, cells, the processor's work buffer
+_GRAPH_BYTES = 4 * MIB  # llama.cpp's own bookkeeping for a context: nodes, the processor's work buffer
+_CELL_BYTES = 120  # and for each position of its cache
 _TOKEN_BYTES = 170  # one token in llama.cpp's vocabulary: text, score and two map entries
 _MERGE_BYTES = 120
 _KV_CELLS = 256  # llama.cpp rounds the context up to a multiple
@@ -87,8 +88,7 @@ class Requirements:
             weights: with the types that they will have.
             repacked: `repacked_bytes(weights)`, where it matters.
         """
-        buffers = self.buffers(setting)
-        return self._need(weights.total, repacked, buffers.kv, sum(buffers.compute.values()), buffers.output)
+        return self._need(setting, weights.total, repacked, self.buffers(setting))
 
     def need_beside(self, weights: Weights, setting: Setting, split: Split, shared: bool) -> Need:
         """What a model takes of the processor's memory beside what a split puts on GPUs.
@@ -98,14 +98,24 @@ class Requirements:
         """
         buffers = self.buffers(setting, split.placement)
         if shared or not split.devices:
-            return self._need(weights.total, 0, buffers.kv, sum(buffers.compute.values()), buffers.output)
-        compute = sum(size for name, size in buffers.compute.items() if name not in split.devices)
+            return self._need(setting, weights.total, 0, buffers)
+        compute = {name: size for name, size in buffers.compute.items() if name not in split.devices}
+        beside = replace(buffers, compute=compute)
         # beside a GPU the processor takes its weights in the order of the file
-        return self._need(weights.total - split.weights, 0, buffers.kv - split.kv, compute, buffers.output)
+        need = self._need(setting, weights.total - split.weights, 0, beside)
+        return replace(need, kv=need.kv - split.kv)
 
-    def _need(self, weights: int, repacked: int, kv: int, compute: int, output: int) -> Need:
-        vocabulary = vocabulary_bytes(self._source)
-        return Need(weights, repacked, kv, compute + _GRAPH_BYTES, output, vocabulary, _PROGRAM_BYTES)
+    def _need(self, setting: Setting, weights: int, repacked: int, buffers: Buffers) -> Need:
+        bookkeeping = _GRAPH_BYTES + _CELL_BYTES * setting.context
+        return Need(
+            weights=weights,
+            repacked=repacked,
+            kv=buffers.kv,
+            compute=sum(buffers.compute.values()) + bookkeeping,
+            output=buffers.output,
+            vocabulary=vocabulary_bytes(self._source),
+            program=_PROGRAM_BYTES,
+        )
 
     def largest_context(self, setting: Setting, fits: Callable[[Setting], bool]) -> int:
         """The longest context for which `fits` holds, in steps of 256 positions and no longer than the trained one.

@@ -141,6 +141,22 @@ def test_large_shapes_take_what_was_predicted(
 
 
 @pytest.mark.slow
+def test_a_long_context_that_is_filled_takes_what_was_predicted(tmp_path: Path) -> None:
+    """Here the attention mask and llama.cpp's list of cells are most of it."""
+    shape = {
+        "hidden_size": 64,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "vocab_size": 1000,
+    }
+    source = hollow(write_config(tmp_path / "model", experts=0, **shape), "F16")
+    real, need = real_and_predicted(source, Setting(32768), fill=32768)
+    assert real * 0.98 <= need.anonymous - need.program - need.vocabulary <= real + 8 * MIB
+
+
+@pytest.mark.slow
 def test_a_large_sliding_window_takes_what_was_predicted() -> None:
     check_prediction(sliding_window_model(), Setting(32768))
 

@@ -101,7 +101,7 @@ def test_what_does_not_load_is_refused(
     check = MemoryCheck(Console(), 32768, device="cpu")
     with pytest.raises(CapacityError) as caught:
         check.check(mixtral, force=False)
-    assert "needs 4.34 GiB of memory besides its weights, but 2.00 GiB is available" in caught.value.message
+    assert "needs 4.35 GiB of memory besides its weights, but 2.00 GiB is available" in caught.value.message
     for remedy in ("--ctx ", "--kv-type q8_0", "--force"):
         assert remedy in caught.value.hint
     assert "KV cache of 32768 positions in f16" in capsys.readouterr().err

@@ -10,7 +10,6 @@ side by side in one process, and nothing is stored.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import os
 import time
@@ -148,8 +147,10 @@ def open_reference(
     if cache is None:
         return Reference(path, corpus, conditions, None, None)
     stored = cache.path_for(_files(path), corpus, conditions, progress)
+    found = None
     with contextlib.suppress(FileError, InputError):  # none yet, or damaged: it is made again
         found = _look_up(stored, path, corpus, conditions)
+    if found is not None:
         if speed:
             timed = worker.run(_time_here, path, conditions, progress=progress)
             found = replace(found, speed=timed, prompt_ms_per_token=1000 / timed.prompt_tps)
@@ -362,7 +363,7 @@ def _measure_here(
 def _against(found: Perplexity, reference: Perplexity, tally: Tally) -> Perplexity:
     """A model's perplexity with what the reference says about it; the errors are those of paired tokens."""
     differences = found.ppl * tally.nll - reference.ppl * tally.reference_nll
-    return dataclasses.replace(
+    return replace(
         found,
         reference=reference.model,
         delta_ppl=found.ppl - reference.ppl,

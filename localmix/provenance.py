@@ -115,7 +115,7 @@ class Provenance:
         words = {
             "RoPE scaling": self.rope.kind,
             "factor": self.rope.factor,
-            "base": self.rope.freq_base,
+            "RoPE base": self.rope.freq_base,
             "NTK factor": self.rope.ntk_factor,
         }
         told = (f"{name} {value if isinstance(value, str) else f'{value:g}'}" for name, value in words.items() if value)

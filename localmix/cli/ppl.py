@@ -142,7 +142,7 @@ def command(
 
     With --kld the table also has the difference of each perplexity to the reference's, with the error of the
     paired differences, the Kullback-Leibler divergence of the predictions, and how often both hold the same
-    token likeliest.
+    token likeliest. Memory is the peak of the process that measured, mapped weights included.
     """
     from localmix import library
     from localmix.comparison import common_context, look_at

@@ -9,6 +9,7 @@ import pytest
 from localmix.perplexity import measure
 from localmix.presets import load_presets
 from localmix.quantize import quantize
+from localmix.rope_scaling import RopeScaling
 from tests.conformance import upstream_perplexity
 from tests.random_model import write_random_model
 from tests.texts import write_text
@@ -46,6 +47,23 @@ def test_quantized(upstream: Path, tinymix_bf16: Path, tmp_path: Path, kind: str
 def test_random_weights(upstream: Path, tmp_path: Path, experts: int, ctx: int) -> None:
     model = write_random_model(tmp_path / "random.gguf", experts=experts)
     check(upstream, model, write_text(tmp_path / "text.txt", 6000), ctx)
+
+
+@pytest.mark.upstream
+@pytest.mark.parametrize(
+    ("rope", "options"),
+    [
+        (RopeScaling("linear", 2.0), ("--rope-scaling", "linear", "--rope-scale", "2")),
+        (RopeScaling("yarn", 4.0), ("--rope-scaling", "yarn", "--rope-scale", "4")),
+        (RopeScaling(freq_base=20000.0), ("--rope-freq-base", "20000")),
+    ],
+)
+def test_stretched_positions(upstream: Path, tinymix_bf16: Path, rope: RopeScaling, options: tuple[str, ...]) -> None:
+    text = TINYMIX / "heldout.txt"
+    found = measure(tinymix_bf16, text, 512, 2, threads=1, rope=rope)
+    ppl, error = upstream_perplexity.perplexity(upstream, tinymix_bf16, text, 512, 2, *options)
+    assert found.ppl == pytest.approx(ppl, rel=1e-5, abs=6e-5)
+    assert found.error == pytest.approx(error, rel=1e-4, abs=6e-6)
 
 
 @pytest.mark.upstream

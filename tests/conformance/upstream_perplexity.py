@@ -19,10 +19,10 @@ def run(tools: Path, wanted: str, *options: str | Path | int) -> str:
     raise AssertionError(done.stderr)
 
 
-def perplexity(tools: Path, model: Path, text: Path, ctx: int, chunks: int) -> tuple[float, float]:
-    """The perplexity and its standard error."""
+def perplexity(tools: Path, model: Path, text: Path, ctx: int, chunks: int, *more: str) -> tuple[float, float]:
+    """The perplexity and its standard error; `more` options go to the tool."""
     estimate = rf"Final estimate: PPL = {NUMBER} \+/- {NUMBER}"
-    output = run(tools, estimate, "-m", model, "-f", text, "-c", ctx, "--chunks", chunks)
+    output = run(tools, estimate, "-m", model, "-f", text, "-c", ctx, "--chunks", chunks, *more)
     match = re.search(estimate, output)
     assert match is not None
     return float(match[1]), float(match[2])

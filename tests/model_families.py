@@ -16,6 +16,15 @@ from tests.checkpoints import CHAT_TEMPLATE, TOKENIZER, to_storage, write_shard
 # version of the library may break ties differently.
 BYTE_LEVEL = Path(__file__).parent / "fixtures" / "byte_level.json"
 
+# 380 tokens of BERT's kind, by `word_piece` there.
+WORD_PIECE = Path(__file__).parent / "fixtures" / "word_piece.json"
+
+# How sentence-transformers says that the vectors of tokens become one.
+_MODULES = [
+    {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+    {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+]
+
 Sizes = dict[str, tuple[int, ...]]
 
 # The numbers of all families; config.json and sizes follow from them.
@@ -212,6 +221,17 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "hidden_size": 32,
         "n_routed_experts": 2,
     },
+    "bert": {
+        "architectures": ["BertModel"],
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-12,
+        "num_key_value_heads": ...,
+        "max_position_embeddings": 64,
+        "type_vocab_size": 2,
+        "pad_token_id": 0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+    },
 }
 
 
@@ -234,6 +254,8 @@ def sizes_of(config: Mapping[str, Any]) -> Sizes:
     if "text_config" in config:
         text = sizes_of(config["text_config"])
         return {name.replace("model.", "model.language_model.", 1): size for name, size in text.items()} | _VISION
+    if config["model_type"] == "bert":
+        return _bert(config)
     sizes: Sizes = {"model.embed_tokens.weight": (config["vocab_size"], config["hidden_size"])}
     for layer in range(config["num_hidden_layers"]):
         for name, size in _layer(config, layer).items():
@@ -241,6 +263,29 @@ def sizes_of(config: Mapping[str, Any]) -> Sizes:
     sizes["model.norm.weight"] = (config["hidden_size"],)
     if not config["tie_word_embeddings"]:
         sizes["lm_head.weight"] = sizes["model.embed_tokens.weight"]
+    return sizes
+
+
+def _bert(config: Mapping[str, Any]) -> Sizes:
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    norm = {"LayerNorm.weight": (hidden,), "LayerNorm.bias": (hidden,)}
+    layer: Sizes = {f"attention.output.{name}": size for name, size in norm.items()}
+    layer |= {f"output.{name}": size for name, size in norm.items()}
+    matrices = {f"attention.self.{name}": (hidden, hidden) for name in ("query", "key", "value")}
+    matrices |= {"attention.output.dense": (hidden, hidden)}
+    matrices |= {"intermediate.dense": (inner, hidden), "output.dense": (hidden, inner)}
+    for name, (rows, columns) in matrices.items():
+        layer |= {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
+    sizes: Sizes = {
+        "embeddings.word_embeddings.weight": (config["vocab_size"], hidden),
+        "embeddings.position_embeddings.weight": (config["max_position_embeddings"], hidden),
+        "embeddings.token_type_embeddings.weight": (config["type_vocab_size"], hidden),
+        "pooler.dense.weight": (hidden, hidden),
+        "pooler.dense.bias": (hidden,),
+        **{f"embeddings.{name}": size for name, size in norm.items()},
+    }
+    for number in range(config["num_hidden_layers"]):
+        sizes |= {f"encoder.layer.{number}.{name}": size for name, size in layer.items()}
     return sizes
 
 
@@ -364,7 +409,16 @@ def write_model(folder: Path, model: str) -> Path:
 def _write_tokenizer(folder: Path, config: Mapping[str, Any]) -> None:
     """A tokenizer that fits: sentencepiece where 1 begins a text, else bytes."""
     settings: dict[str, Any] = {"chat_template": CHAT_TEMPLATE}
-    if config["bos_token_id"] == 1:
+    if config["model_type"] == "bert":
+        (folder / "tokenizer.json").write_bytes(WORD_PIECE.read_bytes())
+        names = {"unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "mask": "[MASK]"}
+        settings = {f"{kind}_token": token for kind, token in names.items()}
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        (folder / "modules.json").write_text(json.dumps(_MODULES))
+        (folder / "1_Pooling").mkdir()
+        pooling = {"word_embedding_dimension": 64, "pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    elif config["bos_token_id"] == 1:
         (folder / "tokenizer.model").write_bytes(TOKENIZER.read_bytes())
         settings |= {
             "bos_token": "<s>",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from localmix.architectures.base import Architecture
+from localmix.architectures.bert import BERT
 from localmix.architectures.deepseek import DEEPSEEK, DEEPSEEK_V2
 from localmix.architectures.gemma import GEMMA2, GEMMA3, GEMMA3_TEXT
 from localmix.architectures.llama import LLAMA, MISTRAL, MIXTRAL
@@ -22,6 +23,7 @@ _ROWS = (
     *(GEMMA2, GEMMA3, GEMMA3_TEXT),
     *(PHI3, OLMO2),
     *(DEEPSEEK, DEEPSEEK_V2),
+    BERT,
 )
 ARCHITECTURES: Mapping[str, Architecture] = {row.model_type: row for row in _ROWS}
 
@@ -45,7 +47,7 @@ def find_architecture(config: Mapping[str, Any], path: Path) -> Architecture:
     # The same model_type also names classifiers and reward models, which have no vocabulary to predict.
     if not isinstance(classes, list | tuple) or classes[0] not in row.classes:
         raise InputError(
-            f"{path}: architectures {shown(classes)} is not a text generator of type {model_type}.",
+            f"{path}: architectures {shown(classes)} is not a model of type {model_type} that can be converted.",
             f"Expected is {' or '.join(row.classes)}.",
         )
     return row

@@ -55,7 +55,7 @@ _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.saf
 # A plain name of a file in the same folder: no separators, no drive, no NUL, not hidden.
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_\-][A-Za-z0-9_.\-]*\.safetensors")
 
-_LAYER_NUMBER = re.compile(r"\.layers\.(\d{1,9})\.")
+_LAYER_NUMBER = re.compile(r"\.layers?\.(\d{1,9})\.")
 
 # How the hub's cache names the folder of a repository.
 _CACHED = re.compile(r"models--(?:.+--)?(?P<name>.+)")

@@ -32,16 +32,20 @@ STRIDE = 16
 
 
 def compute(folder: Path) -> list[list[float]]:
-    """Logits of transformers in float32, `[positions, tokens]`."""
+    """Logits of transformers in float32, `[positions, tokens]`; vectors of the tokens where there are none."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM
 
-    if json.loads((folder / "config.json").read_text())["model_type"] == "deepseek":
+    kind = json.loads((folder / "config.json").read_text())["model_type"]
+    if kind == "deepseek":
         model = first_deepseek(folder)
     else:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+        maker = AutoModel if kind == "bert" else AutoModelForCausalLM
+        model = maker.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
-        found = model.eval()(torch.tensor([TOKENS])).logits[0, list(POSITIONS), ::STRIDE]
+        output = model.eval()(torch.tensor([TOKENS]))
+    rows = output.last_hidden_state if kind == "bert" else output.logits
+    found = rows[0, list(POSITIONS), ::STRIDE]
     # Logits that are all alike would be equal to anything.
     assert found.std() > 0.3, f"{folder.name}: the logits hardly differ ({found.std()})"
     return [[round(value, 5) for value in row] for row in found.tolist()]

@@ -82,7 +82,7 @@ def describe_file(path: Path) -> dict[str, Any]:
 # adds tokens of the real models to some.
 _CONVERTER = """
 import runpy, sys
-llama_cpp, pre = sys.argv.pop(1), "qwen2"
+llama_cpp, pre = sys.argv.pop(1), sys.argv.pop(1)
 sys.path[:0] = [llama_cpp, llama_cpp + "/gguf-py"]
 import transformers
 from conversion.base import TextModel
@@ -93,8 +93,10 @@ runpy.run_path(llama_cpp + "/convert_hf_to_gguf.py", run_name="__main__")
 
 
 def convert(llama_cpp: Path, folder: Path, kind: str, output: Path) -> None:
+    words = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] == "bert"
+    pre = "default" if words else "qwen2"
     subprocess.run(
-        [sys.executable, "-c", _CONVERTER, llama_cpp, "--outtype", kind, "--outfile", output, folder],
+        [sys.executable, "-c", _CONVERTER, llama_cpp, pre, "--outtype", kind, "--outfile", output, folder],
         check=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )

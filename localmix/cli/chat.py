@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -270,7 +271,7 @@ def _model_of(found: Session) -> Path | None:
     if found.model and not path.exists():
         raise InputError(
             f"The conversation {found.name} was led with {path}, which is gone.",
-            f"Go on with another model: `localmix chat MODEL --session {found.name!r}`.",
+            f"Go on with another model: `localmix chat MODEL --session {shlex.quote(found.name)}`.",
         )
     return path if found.model else None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import random
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,7 +132,8 @@ def _save(talk: Talk, name: str) -> None:
         raise UsageError("There is nothing to save yet.")
     talk.keeper.save_as(name, talk.record())
     talk.save()
-    talk.console.note(f"Saved as {talk.keeper.name}: `localmix chat --session {talk.keeper.name!r}` goes on with it.")
+    name = talk.keeper.name
+    talk.console.note(f"Saved as {name}: `localmix chat --session {shlex.quote(name)}` goes on with it.")
 
 
 def _load(talk: Talk, name: str) -> None:

@@ -90,13 +90,13 @@ class LiveReply:
             self._failure = error
 
     def _draw(self, final: bool) -> None:
-        from localmix.cli.markdown import blocks, foreseen
+        from localmix.cli.markdown import blocks, decided, foreseen
 
         with self._lock:
             source = self._source
         screen = _screen(self._stream)
         written: list[str] = []
-        parts = blocks(source, self._before)
+        parts = blocks(source if final else decided(source), self._before)
         finished = parts if final else parts[:-1]
         for block in finished:
             written += self._place(block, screen), self._canvas.close()

@@ -1,8 +1,8 @@
 """Markdown of a reply as lines for a terminal.
 
 A reply comes in pieces, so the source is cut where nothing that follows can change what is before
-(`blocks`), and what is still open is shown as it will most likely be (`foreseen`): without the marks that
-only the next characters decide about.
+(`decided`, `blocks`), and what is still open is shown as it will most likely be (`foreseen`): without the marks
+that only the next characters decide about.
 
 Nothing of the source reaches the terminal but as text: HTML is shown, links name their address, and what
 entities stand for (`&#8238;` is a bidirectional control) is made inert like the rest.
@@ -45,13 +45,15 @@ _LISTS = ("bullet_list", "ordered_list")
 _RULE_CELLS = 40
 _LEAST_CELLS = 10  # of a column of text, however deep it lies in lists
 
-# The end of a source whose meaning the next characters decide: the first signs of a list, a heading or a fence,
-# a row of a table, a link.
+_CODE_LINES = 4  # rows of the screen that a line of code may take: more could not be drawn again
+# First signs of a list, a heading, a rule or a fence at the end of a source: with the next character they may be
+# none, and the block before may go on.
+_FIRST_SIGNS = re.compile(r"^[ \t]*(?:[-*+_>|#`~]{1,6}|\d{1,9}[.)]?)[ \t]*\Z", re.MULTILINE)
+# The end of a block whose meaning the next characters decide: a fence, a row of a table, a link.
 _UNDECIDED = re.compile(
-    r"(?:^|\n)[ \t]*(?:[-*+_]{1,3}|\d{1,4}[.)]?|#{1,6}|`{1,3}[^`\n]*|~{1,3}[^~\n]*|\|[^\n]*|>)[ \t]*\Z"
+    r"(?:^|\n)[ \t]*(?:`{1,3}[^`\n]*|~{1,3}[^~\n]*|\|[^\n]*)\Z"
     r"|!?\[[^\]\n]{0,200}(?:\](?:\([^)\n]{0,300})?)?\Z"
 )
-_CODE_LINES = 4  # rows of the screen that a line of code may take: more could not be drawn again
 # a table is known by its second line
 _TABLE_HEAD = re.compile(r"\s*\|[^\n]*\n?[-:| \t]*")
 _FORESEEN = 200  # characters after which a mark that is not closed is taken for itself
@@ -102,13 +104,18 @@ def _first(node: SyntaxTreeNode) -> int:
     return int(node.attrs.get("start", 1))
 
 
+def decided(source: str) -> str:
+    """A source that is to go on, without the signs at its end that could still mean one thing or another."""
+    return _FIRST_SIGNS.sub("", source)
+
+
 def foreseen(source: str) -> str:
     """An open block as it will most likely go on: emphasis and code are closed, undecided marks held back."""
     last = _tree(source)
     while last.children and last.type != "inline":
         last = last.children[-1]
     if last.type in ("fence", "code_block"):
-        return re.sub(r"(?:^|\n)[ \t]*[`~]{1,3}[^`~\n]*\Z", "", source)
+        return re.sub(r"(?:^|\n)[ \t]*(?:`{1,3}[^`\n]*|~{1,3}[^~\n]*)\Z", "", source)
     if _TABLE_HEAD.fullmatch(source):
         return ""
     source = _UNDECIDED.sub("", source)
@@ -317,8 +324,9 @@ def _parser() -> MarkdownIt:
     from markdown_it import MarkdownIt
 
     parser = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
-    # a line of dashes under a text is the start of a list as long as it grows, and nobody's heading
-    parser.disable("lheading")
+    # a line of dashes under a text is the start of a list as long as it grows, and nobody's heading;
+    # what defines a link shows nothing, and text that disappears is worse than a link that is none
+    parser.disable(["lheading", "reference"])
     parser.inline.ruler.at("emphasis", _emphasis)
     return parser
 

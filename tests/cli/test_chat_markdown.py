@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.text import Text
 
-from localmix.cli.markdown import Block, blocks, foreseen, lines
+from localmix.cli.markdown import Block, blocks, decided, foreseen, lines
 from localmix.inert import inert
 
 DOCUMENT = """# Title of *things*
@@ -135,7 +135,7 @@ def test_lines_are_broken_where_they_may_be(text: str, width: int) -> None:
 
 
 @given(st.text("ab* `_-1.\n#|>[]()~你，", max_size=200), st.integers(1, 9))
-@settings(max_examples=200)
+@settings(max_examples=300)
 def test_cut_into_pieces_it_is_the_same(source: str, size: int) -> None:
     """What `blocks` calls finished is never drawn otherwise when more comes."""
     whole = [line.plain for line in drawn(source)]
@@ -143,8 +143,9 @@ def test_cut_into_pieces_it_is_the_same(source: str, size: int) -> None:
     pending, before, first = "", None, True
     for start in range(0, len(source) + size, size):
         pending += source[start : start + size]
-        parts = blocks(pending, before)
-        finished = parts if start + size >= len(source) + size else parts[:-1]
+        final = start + size >= len(source) + size
+        parts = blocks(pending if final else decided(pending), before)
+        finished = parts if final else parts[:-1]
         for block in finished:
             found += [""] * (not first and not block.follows) + [line.plain for line in lines(block, 60)]
             before, first = block, False
@@ -172,7 +173,7 @@ def test_cut_into_pieces_it_is_the_same(source: str, size: int) -> None:
     ],
 )
 def test_marks_that_are_not_decided_yet_are_not_shown(source: str, shown: str) -> None:
-    assert plain(foreseen(source)) == shown.strip()
+    assert plain(foreseen(decided(source))) == shown.strip()
 
 
 ATTACKS = [
@@ -213,6 +214,11 @@ def test_nothing_drives_the_terminal(place: str) -> None:
 def test_rich_markup_and_html_are_text() -> None:
     assert plain("[red]x[/red] <script>alert(1)</script>") == "[red]x[/red] <script>alert(1)</script>"
     assert plain("<div>\nx\n</div>") == "<div>\nx\n</div>"
+
+
+def test_nothing_disappears() -> None:
+    assert plain("See [the source][1].\n\n[1]: http://x/y") == "See [the source][1].\n\n[1]: http://x/y"
+    assert plain("a\n===\n---") == "a\n===\n\n" + "─" * 40
 
 
 def test_a_list_that_goes_on_is_one_list() -> None:

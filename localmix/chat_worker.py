@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from localmix.rope_scaling import RopeScaling
 
 REPLY_PART = 4  # a reply has room for 1/4 of the context, or for its limit
-PIECE_SECONDS = 0.01
+PIECE_SECONDS = 0.03  # 33 times a second looks as if it flowed
 KEPT_PART = 2  # of a full context, turns of 1/2 are kept
 _NAMED_TEMPLATE = "tokenizer.chat_template."
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -178,9 +179,9 @@ def command(
     conditions = Conditions(contexts[0], chunks, threads, rope)
 
     if curve:
-        _measure_curve(outputs, subjects, texts, contexts, conditions, paired, beside)
+        code = _measure_curve(outputs, subjects, texts, contexts, conditions, paired, beside)
         library.remember(paths)
-        return 0
+        return code
     done = _measure_table(outputs, subjects, texts, conditions, speed, compared, cache, beside)
     library.remember(paths)
     for note in sorted({note for measured in done if measured.perplexity for note in measured.perplexity.notes}):
@@ -332,9 +333,10 @@ def _measure_curve(
     conditions: Conditions,
     paired: bool,
     published: PublishedTable | None,
-) -> None:
-    """Measure a point for each model, corpus and context, and show them."""
+) -> int:
+    """Measure a point for each model, corpus and context, and show them; the exit code."""
     from localmix.context_curve import curve_table, measure_contexts
+    from localmix.errors import InputError, Interrupted, LocalmixError
     from localmix.provenance import Provenance
 
     done: list[ContextPoint] = []
@@ -353,16 +355,21 @@ def _measure_curve(
             curve_table(points(), " ".join((f"{way}.", provenance().caption, *(published.about if published else ()))))
         )
 
+    failures: list[str] = []
     try:
         with outputs.console.progress() as progress:
-            for corpus in corpora:
-                for subject in subjects:
-                    report = _within(progress, corpus) if len(corpora) > 1 else progress
-                    done.extend(
-                        measure_contexts(
-                            subject.path, corpus, contexts, conditions, paired, subject.model, subject.type, report
-                        )
-                    )
+            for corpus, subject in itertools.product(corpora, subjects):
+                report = _within(progress, corpus) if len(corpora) > 1 else progress
+                names = (subject.model, subject.type)
+                try:
+                    for point in measure_contexts(subject.path, corpus, contexts, conditions, paired, *names, report):
+                        done.append(point)
+                except Interrupted:
+                    raise
+                except LocalmixError as error:
+                    if len(corpora) == len(subjects) == 1:
+                        raise
+                    failures.append(f"{subject.path.name}, {corpus.name}: {error.message}")
     except KeyboardInterrupt:
         if done and not outputs.console.json:
             draw()
@@ -375,6 +382,9 @@ def _measure_curve(
         points(),
         published.about if published else (),
     )
+    for failure in failures:
+        outputs.console.warn(failure)
+    return InputError.exit_code if failures else 0
 
 
 def _within(progress: Callable[[int, int, str], None], corpus: Corpus) -> Callable[[int, int, str], None]:

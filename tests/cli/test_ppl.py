@@ -74,6 +74,9 @@ def test_a_curve(fox: CommandLine) -> None:
     assert document["contexts"] == [32, 64, 128]
     run = fox("ppl", "fox:Q8_0", *options, "--ctx", "32,64")
     assert "Each context scores" in run.out and "corpus.txt (sha256" in run.out
+    (fox.folder / "short.txt").write_text("short")
+    run = fox("ppl", "fox:Q8_0", "--corpus", "short.txt", *options, "--ctx", "32,64", "--json", expect=3)
+    assert len(run.json["points"]) == 2 and "short.txt is too short" in run.err
 
 
 def test_refusals(empty: CommandLine) -> None:

@@ -303,7 +303,7 @@ def _measure_here(
         contextlib.ExitStack() as stack,
     ):
         chunks = cut(model, corpus, conditions)
-        tally = stack.enter_context(Tally(chunks, threads, paired=True))
+        tally = Tally(chunks, threads, paired=True)
         logits: _Stored | _Beside
         other: Model | None = None
         shape = Shape.of(chunks, model.vocabulary.size)
@@ -327,7 +327,8 @@ def _measure_here(
             )
         stopwatch = Stopwatch()
         began = time.perf_counter()
-        with layout.open(model, threads, channel) as context:
+        # the tally ends first: its threads read what the contexts own
+        with layout.open(model, threads, channel) as context, tally:
             for part in stopwatch.over(decode_chunks(context, chunks, layout, tally.first)):
                 tally.add(part, logits.rows(part))
                 part.report(channel, len(chunks), conditions.ctx)

@@ -114,7 +114,15 @@ def command(
     drafting = _draft(draft, draft_tokens)
 
     def open_engine(name: str | Path | None) -> Engine:
-        check = MemoryCheck(console, context, kv_type=kv_type, device=device, gpu_layers=gpu_layers, experts=experts)
+        check = MemoryCheck(
+            console,
+            context,
+            kv_type=kv_type,
+            device=device,
+            gpu_layers=gpu_layers,
+            experts=experts,
+            draft=drafting.model if drafting else None,
+        )
         path = library.resolve(name, library.Purpose.RUN, check.fits)
         choice = check.check(path, force)
         return Engine(

@@ -82,7 +82,7 @@ def _retry(talk: Talk, _: str) -> None:
     seed = talk.conversation.sampling.seed
     if seed is not None:
         talk.choose("seed", random.Random(seed).randrange(2**32))  # another one, the same in every run
-    talk.ask(question, again=talk.unanswered is None)
+    talk.ask(question, again=talk.replaces_last)
 
 
 def _edit(talk: Talk, _: str) -> None:

@@ -13,7 +13,7 @@ from localmix.cli import Terminated
 from localmix.cli.chat_settings import LIMIT, accepted, sampling_for
 from localmix.cli.chat_turn import show_reply, silent_keyboard, stop_on_interrupt
 from localmix.cli.console import Console
-from localmix.errors import LocalmixError
+from localmix.errors import Interrupted, LocalmixError
 
 if TYPE_CHECKING:
     from localmix.chat import Conversation, Engine, Reply
@@ -75,6 +75,7 @@ class Talk:
         self._attached: list[tuple[str, str]] = []
         self._prefill = ""
         self._editing = False
+        self._was_again = False
         self._keeps_states = True
         self._state_is_quick = True
         self._state_is_saved = True
@@ -83,6 +84,11 @@ class Talk:
     def model_name(self) -> str:
         """The model and its type, as the user names them."""
         return name_of(self.conversation.engine.path)
+
+    @property
+    def replaces_last(self) -> bool:
+        """Whether the last question, when it is asked again, takes the place of the last turn."""
+        return self._was_again if self.unanswered is not None else True
 
     def run(self) -> None:
         """Read and answer until the user leaves."""
@@ -129,7 +135,7 @@ class Talk:
         elif text:
             files = [f"{name}:\n\n```\n{content.rstrip()}\n```\n\n" for name, content in self._attached]
             self._attached = []
-            self.ask("".join(files) + text, again=editing and self.unanswered is None)
+            self.ask("".join(files) + text, again=editing and self.replaces_last)
 
     def ask(self, question: str, again: bool = False) -> None:
         """Ask, draw the reply, and save the turn.
@@ -147,7 +153,7 @@ class Talk:
                 reply = show_reply(self.console, conversation.ask(question), raw=self._raw)
             except LocalmixError as error:
                 conversation.turns, conversation.dropped = before
-                self.unanswered = question
+                self.unanswered, self._was_again = question, again
                 self.console.error(error)
                 self.console.note("The conversation is as it was before; /retry asks again.")
                 return
@@ -157,7 +163,7 @@ class Talk:
                 self.save()
             else:  # as if it had not been asked
                 conversation.turns, conversation.dropped = before
-                self.unanswered = question
+                self.unanswered, self._was_again = question, again
 
     def _comment(self, reply: Reply) -> None:
         """What the reply itself does not say, and a line between it and what follows."""
@@ -268,6 +274,8 @@ class Talk:
             saved = self.conversation.engine.save_state(session.state_path(self.keeper.name))
             session.limit_states(keep=self.keeper.name)
             self._keeps_states = saved.bytes <= session.STATES_LIMIT
+        except Interrupted:  # by a Ctrl-C that came too late for the reply
+            return
         except LocalmixError as error:
             self.console.warn(f"What the model has read is not kept. {error.message}")
             self._keeps_states = False

@@ -425,7 +425,7 @@ class Context:
         """Write a sequence's part of the cache, and the tokens it stands for, to a file.
 
         Raises:
-            FileError: llama.cpp could not write it; the disk may be full.
+            FileError, CapacityError: it cannot be written; the disk may be full.
         """
         values = np.atleast_1d(np.asarray(tokens, np.int32))
         with library.log.capture() as lines:
@@ -433,7 +433,10 @@ class Context:
                 self.handle, os.fsencode(path), sequence, _tokens(values), len(values)
             )
         if not written or path.stat().st_size != written:
-            raise FileError(f"{path} cannot be written: {_reason(lines)}.", "Look whether its disk is full.")
+            reason = _reason(lines)
+            if "no space" in reason.lower():
+                raise CapacityError(f"There is no space left for the KV cache in {path.parent}.", "Free some space.")
+            raise FileError(f"The KV cache cannot be written to {path.parent}: {reason}.")
 
     def restore(self, sequence: int, path: Path) -> NDArray[np.int32] | None:
         """Fill an empty sequence from a file of `save`; its tokens, or None if it does not fit this context.

@@ -1,8 +1,9 @@
 """Models on this machine: where their files lie, what a name means, and which one was used last.
 
 A model is a folder of the library, `<model>/<model>-<TYPE>.gguf`, with its importance matrix beside it as
-`<model>/<model>.imatrix.gguf`. The library is the user's data folder, or `LOCALMIX_HOME`. Names are looked up
-without opening a file, so that shell completion stays fast.
+`<model>/<model>.imatrix.gguf`; a checkpoint that came from the hub is the folder `<model>/<model>`. The library is
+the user's data folder, or `LOCALMIX_HOME`. Names are looked up without opening a model, so that shell completion
+stays fast.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,19 @@ from localmix.errors import FileError, InputError, LocalmixError, UsageError
 
 FLOAT_TYPES = ("BF16", "F16", "F32")
 IMATRIX_SUFFIX = ".imatrix.gguf"
+# in a model's folder: shards on their way through `quantize REPO`
+DOWNLOADS = ".download"
 
 _STATE_FILE = "state.json"
+# begins what a model of the hub was made from, as `remember` notes it
+HUB = "hub:"
 # how the field names files, `Mixtral-8x7B-v0.1.Q4_K_M.gguf`; a preset of ours may end with its month
 _TYPED_NAME = re.compile(
     r"^(?P<model>.+?)[-.](?P<type>(?:(?:I?Q|TQ)\d\w*|BF16|F16|F32|MXFP4\w*)(?:-\d{4}-\d\d)?)$", re.IGNORECASE
 )
 # of a split file, as llama.cpp names them
 _PART = re.compile(r"-\d{5}(-of-\d{5}\.gguf)$")
+_PART_SUFFIX = re.compile(r"-(?P<number>\d{5})-of-\d{5}(?=\.gguf$)")
 _MODEL_NAME = re.compile(r"^[^\W_][\w.+ -]*$")
 
 
@@ -46,12 +52,13 @@ class Purpose(enum.Enum):
 
 @dataclass(frozen=True)
 class ModelFile:
-    """One GGUF file of the library."""
+    """One GGUF file of the library; of a split one the first part, with the bytes of all."""
 
     model: str
     type: str
     path: Path
     bytes: int
+    parts: int = 1
 
     @property
     def name(self) -> str:
@@ -66,18 +73,24 @@ class ModelFile:
 
 @dataclass(frozen=True)
 class Model:
-    """A folder of the library."""
+    """A folder of the library.
+
+    Attributes:
+        checkpoint: what it was made from; one that came from the hub lies in the library.
+        pulled_bytes: what a checkpoint in the library takes, an unfinished one too.
+    """
 
     name: str
     folder: Path
     files: tuple[ModelFile, ...]
     imatrix: Path | None
     checkpoint: Path | None
+    pulled_bytes: int = 0
 
     @property
     def bytes(self) -> int:
         """Of all its files."""
-        return sum(file.bytes for file in self.files)
+        return sum(file.bytes for file in self.files) + self.pulled_bytes
 
 
 def home() -> Path:
@@ -104,24 +117,64 @@ def models() -> list[Model]:
         raise FileError(f"The library {home()} cannot be read: {error.strerror}.") from error
     sources = _sources(_state())
     found = (_model(folder, sources.get(folder.name)) for folder in folders)
-    return [model for model in found if model.files or model.imatrix]
+    return [model for model in found if model.files or model.imatrix or model.pulled_bytes]
+
+
+def pulled_folder(name: str) -> Path:
+    """Where a checkpoint that comes from the hub lies."""
+    return home() / name / name
 
 
 def _model(folder: Path, source: str | None) -> Model:
-    files = []
+    files: dict[str, ModelFile] = {}
     for path in sorted(folder.glob("*.gguf")):
         model, kind = split_name(path)
         if kind and model == folder.name and not path.name.endswith(IMATRIX_SUFFIX):
             with contextlib.suppress(OSError):  # a link that leads nowhere
-                files.append(ModelFile(folder.name, kind, path, path.stat().st_size))
+                first = files.get(kind)
+                if first and part_suffix(path.name):
+                    size = first.bytes + path.stat().st_size
+                    files[kind] = replace(first, bytes=size, parts=first.parts + 1)
+                else:
+                    files[kind] = ModelFile(folder.name, kind, path, path.stat().st_size)
     imatrix = folder / f"{folder.name}{IMATRIX_SUFFIX}"
+    pulled = folder / folder.name
+    checkpoint = Path(source) if source and Path(source).is_dir() else None
+    if checkpoint is None and (pulled / "config.json").is_file():
+        checkpoint = pulled
     return Model(
         folder.name,
         folder,
-        tuple(sorted(files, key=lambda file: -file.bytes)),
+        tuple(sorted(files.values(), key=lambda file: -file.bytes)),
         imatrix if imatrix.is_file() else None,
-        Path(source) if source and Path(source).is_dir() else None,
+        checkpoint,
+        sum(path.stat().st_size for path in (*_pulled_files(pulled), *folder.glob(".*.part"))),
     )
+
+
+def _pulled_files(folder: Path) -> list[Path]:
+    """What came from the hub into a checkpoint's folder, unfinished files and stand-ins too."""
+    from localmix.pull_record import RECORD, read_record
+
+    if folder.is_symlink() or not folder.is_dir():
+        return []
+    record = read_record(folder)
+    found = [folder / place for place in record]
+    found += [path for name in (f"**/{RECORD}", "**/.*.part", "**/.*.part.json") for path in folder.glob(name)]
+    return [path for path in dict.fromkeys(found) if path.is_file() and not path.is_symlink()]
+
+
+def split_file_name(name: str) -> tuple[str, str]:
+    """The model's name and the type that a GGUF file's name tells, wherever it lies; the type may be empty."""
+    stem = re.sub(r"\.gguf$", "", _PART_SUFFIX.sub("", name), flags=re.IGNORECASE)
+    match = _TYPED_NAME.match(stem)
+    return (match["model"], match["type"].upper()) if match else (stem, "")
+
+
+def part_suffix(name: str) -> str:
+    """`-00001-of-00003` of a split file's name; empty for a whole one."""
+    match = _PART_SUFFIX.search(name)
+    return match[0] if match else ""
 
 
 def split_name(path: Path) -> tuple[str, str]:
@@ -131,7 +184,7 @@ def split_name(path: Path) -> tuple[str, str]:
     so that any name of a type can be told there.
     """
     absolute = Path(os.path.abspath(path))  # not resolve(): the name that the user gave counts, not the link's
-    name = absolute.name.removesuffix(".gguf") or "model"
+    name = _PART_SUFFIX.sub("", absolute.name).removesuffix(".gguf") or "model"
     if absolute.suffix != ".gguf":
         return name, ""
     folder = absolute.parent
@@ -144,9 +197,12 @@ def split_name(path: Path) -> tuple[str, str]:
 def model_name(path: Path) -> str:
     """The name under which the library files what is made from `path`."""
     inside = _inside(path)
-    name = inside.model if inside else split_name(path)[0]
-    cleaned = re.sub(r"[^\w.+-]+", "-", name).strip("-._+")
-    return cleaned or "model"
+    return clean_name(inside.model if inside else split_name(path)[0])
+
+
+def clean_name(name: str) -> str:
+    """The name without what no folder of the library has in its name."""
+    return re.sub(r"[^\w.+-]+", "-", name).strip("-._+") or "model"
 
 
 def find(name: str) -> Model | None:
@@ -191,10 +247,37 @@ def resolve(wanted: str | Path | None, purpose: Purpose, fits: Callable[[ModelFi
     path = Path(text)
     if path.exists():
         return _checked(path, purpose)
+    pulled = _pulled_from(text)
+    if pulled is not None:
+        return _choose(pulled, purpose, fits)
+    if find_repository(text):
+        raise FileError(
+            f"{text} does not exist here, and a model of the hub must come first.",
+            f"Run `localmix pull {text}`, or `localmix quantize TYPE {text}` to fetch and quantize it in one go.",
+        )
     name, _, _ = text.partition(":")
     if os.sep in text or text.endswith(".gguf"):
         raise FileError(f"{text} does not exist.", _what_there_is())
     raise UsageError(f"There is no model {name!r} in the library, and no file of that name.", _what_there_is())
+
+
+def find_repository(text: str) -> str:
+    """The text when it names a repository of the hub (`org/name`, `org/name:TYPE`) and nothing here; else empty."""
+    from localmix.hub import parse_name
+
+    if parse_name(text) is None or text.endswith(".gguf") or os.path.exists(text) or _pulled_from(text) is not None:
+        return ""
+    return text
+
+
+def _pulled_from(text: str) -> Model | None:
+    """The model of the library whose whole checkpoint came from the repository `text`."""
+    model = find(clean_name(text.rpartition("/")[2])) if text.count("/") == 1 else None
+    if model is None or _origin(model.name) != HUB + text or not (model.checkpoint or model.files):
+        return None
+    folder = pulled_folder(model.name)
+    is_whole = model.checkpoint == folder and not any(folder.glob(".*.part"))
+    return model if is_whole or any(file.full_precision for file in model.files) else None
 
 
 def _last(purpose: Purpose, fits: Callable[[ModelFile], bool] | None) -> Path:
@@ -233,9 +316,11 @@ def _choose(model: Model, purpose: Purpose, fits: Callable[[ModelFile], bool] | 
             return full[0].path
         if model.checkpoint:
             return model.checkpoint
+        origin = _origin(model.name)
+        again = f"Name {origin.removeprefix(HUB)}" if origin.startswith(HUB) else "Run `localmix convert FOLDER` again"
         raise InputError(
             f"{model.name} has no file in full precision, and its checkpoint is gone: {_types(model)}.",
-            "Run `localmix convert FOLDER` again, or name a BF16, F16 or F32 file.",
+            f"{again}, or name a BF16, F16 or F32 file.",
         )
     if not model.files:
         raise InputError(
@@ -300,6 +385,17 @@ def output_path(source: Path, kind: str) -> Path:
     """
     check_name_is_free(source)
     name = model_name(source)
+    return home() / name / f"{name}-{kind}.gguf"
+
+
+def repository_output_path(repository: str, kind: str) -> Path:
+    """Where the library files a repository of the hub in type `kind`.
+
+    Raises:
+        UsageError: the library holds another model of that name.
+    """
+    name = clean_name(repository.rpartition("/")[2])
+    check_repository(name, repository)
     return home() / name / f"{name}-{kind}.gguf"
 
 
@@ -378,29 +474,57 @@ def check_name_is_free(source: Path) -> None:
         )
 
 
+def check_repository(name: str, repository: str) -> None:
+    """Refuse to file a repository of the hub under a name that the library uses for another model.
+
+    Raises:
+        UsageError: it does.
+    """
+    from localmix.pull_record import read_record
+
+    earlier, model = _origin(name), find(name)
+    own = model is not None and any(file.path.name not in read_record(model.folder) for file in model.files)
+    if (earlier or own) and earlier != HUB + repository and model is not None:
+        told = f", made from {earlier.removeprefix(HUB)}" if earlier else ""
+        raise UsageError(
+            f"The library has another {name}{told}.", f"Remove it with `localmix rm {name}`, or use another library."
+        )
+
+
+def _origin(name: str) -> str:
+    """What the library's model of that name was made from: a path, or `HUB` and a repository; empty if not known."""
+    from localmix.pull_record import read_record
+
+    record = read_record(pulled_folder(name))
+    if record:
+        return HUB + next(iter(record.values())).repository
+    return _sources(_state()).get(name, "")
+
+
 def _other_source(source: Path) -> str:
     """What the library's model of the same name was made from, if that is known and something else; else empty."""
-    if _inside(source):
-        return ""
     name = model_name(source)
-    earlier = _sources(_state()).get(name)
+    if _inside(source) or Path(os.path.abspath(source)) == pulled_folder(name):
+        return ""
+    earlier = _origin(name)
     model = find(name) if earlier else None
-    if earlier is None or model is None or Path(earlier) == source.resolve():
+    if not earlier or model is None or Path(earlier) == source.resolve():
         return ""
     for path in (Path(earlier), *(file.path for file in model.files)):
         with contextlib.suppress(OSError):
             if path.samefile(source):
                 return ""
-    return earlier
+    return earlier.removeprefix(HUB)
 
 
-def remember(paths: Path | Sequence[Path], source: Path | None = None) -> None:
+def remember(paths: Path | Sequence[Path], source: Path | None = None, repository: str = "") -> None:
     """Note the model used last, and what a model of the library was made from.
 
     Args:
         paths: the files used. Of several in the library none is the one used last, the model as a whole is.
             Elsewhere nothing knows a model as a whole: then the first is.
         source: the checkpoint or GGUF file that they were made from.
+        repository: the one of the hub that they were made from, when nothing of it stays here.
     """
     from localmix.output import write_atomically
 
@@ -410,9 +534,20 @@ def remember(paths: Path | Sequence[Path], source: Path | None = None) -> None:
     with contextlib.suppress(OSError, LocalmixError), _locked_state() as state:
         whole = inside is not None and len(files) > 1
         state.update(model=inside.model if inside else "", file="" if whole else str(files[0]))
-        if source is not None and inside is not None and _inside(source) is None:
+        if repository and inside is not None:
+            state["checkpoints"] = {**_sources(state), inside.model: HUB + repository}
+        elif source is not None and inside is not None and _inside(source) is None:
             state["checkpoints"] = {**_sources(state), inside.model: str(source.resolve())}
         # escapes: a path need not be UTF-8
+        write_atomically(home() / _STATE_FILE, json.dumps(state, indent=2).encode("ascii"))
+
+
+def remember_checkpoint(folder: Path) -> None:
+    """Note that this model, whose checkpoint came from the hub, was used last."""
+    from localmix.output import write_atomically
+
+    with contextlib.suppress(OSError, LocalmixError), _locked_state() as state:
+        state.update(model=folder.name, file="")
         write_atomically(home() / _STATE_FILE, json.dumps(state, indent=2).encode("ascii"))
 
 
@@ -463,11 +598,14 @@ class Removal:
 def plan_removal(name: str) -> Removal:
     """What deleting `tinymix` or `tinymix:Q4_K_M` means; nothing is deleted yet.
 
-    Only files that localmix makes are meant: GGUF files, the importance matrix and leftovers of killed runs.
+    Only files that localmix makes or fetches are meant: GGUF files, the importance matrix, a checkpoint that came
+    from the hub, and leftovers of stopped runs.
 
     Raises:
         UsageError: the name is unknown, or a path.
     """
+    from localmix.pull_record import RECORD
+
     model_part, _, kind = name.partition(":")
     if not _MODEL_NAME.match(model_part) or os.path.basename(model_part) != model_part:
         raise UsageError(f"{name!r} is not a name of the library.", _what_there_is())
@@ -477,15 +615,20 @@ def plan_removal(name: str) -> Removal:
     if model.folder.is_symlink() or model.folder.resolve().parent != home().resolve():
         raise UsageError(f"{model.folder} leads out of the library.", "Remove the link by hand.")
     if kind:
-        files = [_of_type(model, kind)]
+        wanted = _of_type(model, kind)
+        part = part_suffix(wanted.name)
+        files = sorted(model.folder.glob(wanted.name.replace(part, "-?????" + part[6:]))) if part else [wanted]
     else:
         files = [
             path
             for path in sorted(model.folder.iterdir())
             if path.name.startswith((f"{model.name}-", f"{model.name}.", f".{model.name}"))
-            and path.name.endswith((".gguf", ".partial", ".journal"))
+            and path.name.endswith((".gguf", ".partial", ".journal", ".part", ".part.json"))
             and (path.is_file() or path.is_symlink())
         ]
+        files += [path for path in (model.folder / RECORD,) if path.is_file()]
+        files += _pulled_files(pulled_folder(model.name))
+        files += [path for path in (model.folder / DOWNLOADS).rglob("*") if path.is_file() or path.is_symlink()]
     return Removal(name, model.folder, tuple(files), sum(path.lstat().st_size for path in files))
 
 
@@ -502,8 +645,10 @@ def remove(removal: Removal) -> None:
             path.unlink(missing_ok=True)
         except OSError as error:
             raise file_error(error, path, "delete") from error
-    with contextlib.suppress(OSError):  # somebody else's files are in it: they stay
-        removal.folder.rmdir()
+    inside = {folder for path in removal.files for folder in path.parents if removal.folder in folder.parents}
+    for folder in (*sorted(inside, reverse=True), removal.folder):
+        with contextlib.suppress(OSError):  # somebody else's files are in it: they stay
+            folder.rmdir()
 
 
 def complete(incomplete: str) -> Sequence[tuple[str, str]]:

@@ -66,7 +66,7 @@ class OutputFile:
         self._journal_lock = threading.Lock()
         self._finished = False
         self.done: frozenset[int] = frozenset()
-        self._lock = _lock_for(path)
+        self._lock = lock_for(path)
         try:
             descriptor = self._resume()
             self._descriptor = self._create() if descriptor is None else descriptor
@@ -284,7 +284,7 @@ def _already_taken(path: Path) -> int:
         return 0
 
 
-def _lock_for(path: Path) -> filelock.BaseFileLock:
+def lock_for(path: Path) -> filelock.BaseFileLock:
     """One writer for each output; the lock lies in the user's cache so that no file is left beside the output."""
     name = hashlib.sha256(os.fsencode(path.parent.resolve() / path.name)).hexdigest()[:32]
     for folder in (platformdirs.user_cache_path("localmix") / "locks", Path(tempfile.gettempdir()) / "localmix-locks"):

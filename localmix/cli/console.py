@@ -50,6 +50,7 @@ class Rate:
 
 
 WEIGHTS = Rate("M weights/s", 1e6)
+BYTES = Rate("MB/s", 1e6)
 
 
 class Console:

@@ -26,6 +26,10 @@ def command(json: bool) -> None:
         rows = []
         for model in models:
             rows += [(file.name, size(file.bytes), file.path.name) for file in model.files]
+            if model.pulled_bytes:
+                whole = model.checkpoint and not any(library.pulled_folder(model.name).glob(".*.part"))
+                what = "checkpoint" if whole else "unfinished"
+                rows.append((f"{model.name} ({what})", size(model.pulled_bytes), f"{model.name}/"))
             if model.imatrix:
                 taken = size(model.imatrix.stat().st_size)
                 rows.append((f"{model.name} (imatrix)", taken, model.imatrix.name))

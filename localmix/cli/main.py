@@ -16,6 +16,7 @@ COMPLETION_VARIABLE = "_LOCALMIX_COMPLETE"
 
 # name: what `localmix --help` says about it, in the order of the work
 COMMANDS: Mapping[str, str] = {
+    "pull": "Fetch a model of the Hugging Face hub, and check it.",
     "convert": "Make a GGUF file from a checkpoint folder.",
     "plan": "Show size, bits per weight and memory need of each type, before anything is written.",
     "fit": "Show which types of a model fit into memory, with which context.",

@@ -16,7 +16,7 @@ from localmix.cli.parameters import MODEL, examples, json_option
 def command(name: str, yes: bool, json: bool) -> None:
     """Delete a model, or one file of it, from the library.
 
-    Checkpoints and files outside the library are never touched.
+    A checkpoint that came from the hub goes with its model; files outside the library are never touched.
     """
     from localmix import library
     from localmix.errors import Interrupted, UsageError
@@ -24,7 +24,8 @@ def command(name: str, yes: bool, json: bool) -> None:
 
     console = Console(json)
     removal = library.plan_removal(name)
-    what = ", ".join(path.name for path in removal.files)
+    names = [path.name for path in removal.files]
+    what = ", ".join(names) if len(names) <= 12 else f"{', '.join(names[:10])} and {len(names) - 10} more files"
     if not yes:
         if not console.can_ask:
             raise UsageError(f"{name} is not deleted without being asked.", f"Run `localmix rm {name} --yes`.")

@@ -95,3 +95,12 @@ def convert(
             plan.type,
             tuple(source.notes),
         )
+
+
+def describe(path: Path) -> Converted:
+    """A GGUF file that another program converted."""
+    with open_source(path) as source:
+        parameters, kind = source.parameters, weight_type(source)
+        return Converted(
+            path, source.architecture, len(source.tensors), parameters, path.stat().st_size, kind, tuple(source.notes)
+        )

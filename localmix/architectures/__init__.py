@@ -38,7 +38,7 @@ def find_architecture(config: Mapping[str, Any], path: Path) -> Architecture:
     Raises:
         InputError: nothing here converts this model.
     """
-    known = f"Known are {', '.join(ARCHITECTURES)}."
+    known = f"Known are {', '.join(ARCHITECTURES)}; `localmix convert --upstream` may convert others."
     model_type = config.get("model_type")
     row = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
     if row is None:

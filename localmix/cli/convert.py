@@ -8,6 +8,7 @@ import click
 
 from localmix.cli.console import WEIGHTS, Console
 from localmix.cli.parameters import FILE, MODEL, examples, json_option, threads_option
+from localmix.errors import UsageError
 
 
 @click.command()
@@ -24,36 +25,68 @@ from localmix.cli.parameters import FILE, MODEL, examples, json_option, threads_
 @click.option(
     "--pre", metavar="NAME", help="The tokenizer's pre-tokenizer by llama.cpp's name, if it is not recognised."
 )
+@click.option(
+    "--upstream",
+    is_flag=True,
+    help="Use llama.cpp's converter, in an environment of its own that is made at the first use.",
+)
+@click.option("--yes", is_flag=True, help="With --upstream: install what it needs, and run what a checkpoint brings.")
 @threads_option
 @json_option
 @examples(
     "localmix convert examples/tinymix",
     "localmix convert ~/models/Mixtral-8x7B-v0.1 -o mixtral.gguf --type f16",
+    "localmix convert ~/models/falcon-7b --upstream",
 )
 def command(
-    model: str | None, output: Path | None, kind: str, pre: str | None, threads: int | None, json: bool
+    model: str | None,
+    output: Path | None,
+    kind: str,
+    pre: str | None,
+    upstream: bool,
+    yes: bool,
+    threads: int | None,
+    json: bool,
 ) -> None:
     """Make a GGUF file from a checkpoint folder.
 
     SRC is a Hugging Face folder with safetensors files, its config and its tokenizer. The weights stay as
     they are; nothing that the checkpoint brings is executed.
+
+    What localmix does not know, llama.cpp's own converter may: --upstream runs it. It needs torch, which is
+    installed beside it at the first use, and it may run Python code that a checkpoint brings. Both are asked
+    about; --yes answers. LOCALMIX_UPSTREAM_PYTHON names a Python that has torch and transformers already.
     """
     from localmix import library
-    from localmix.convert import convert, weight_type
+    from localmix.convert import convert, describe, weight_type
     from localmix.sources.open import open_source
     from localmix.table import size
+    from localmix.upstream import convert_upstream, plain_type
 
     console = Console(json)
     path = library.resolve(model, library.Purpose.CHECKPOINT)
+    if upstream:
+        if pre:
+            raise UsageError("--pre is for localmix's own converter, not for --upstream.")
+        _prepare_upstream(console, path, yes)
+        kind = plain_type(path) if kind == "auto" else kind
     if output is None or output.is_dir():
-        with open_source(path, pre=pre) as source:
-            name = weight_type(source) if kind == "auto" else kind.upper()
+        if upstream:
+            name = kind.upper()
+        else:
+            with open_source(path, pre=pre) as source:
+                name = weight_type(source) if kind == "auto" else kind.upper()
         if output is None:
             output = library.output_path(path, name)
         else:
             output = output / f"{library.model_name(path)}-{name}.gguf"
-    with library.room_for(output), console.progress(WEIGHTS) as progress:
-        converted = convert(path, output, kind, pre=pre, threads=threads, progress=progress)
+    if upstream:
+        with library.room_for(output), console.progress() as progress:
+            convert_upstream(path, output, kind, progress)
+        converted = describe(output)
+    else:
+        with library.room_for(output), console.progress(WEIGHTS) as progress:
+            converted = convert(path, output, kind, pre=pre, threads=threads, progress=progress)
     library.remember([output], source=path)
 
     for note in converted.notes:
@@ -69,3 +102,35 @@ def command(
             }
         ),
     )
+
+
+def _prepare_upstream(console: Console, model: Path, yes: bool) -> None:
+    """Have llama.cpp's converter ready, after a yes to what it installs and to the code that would be run.
+
+    Raises:
+        UsageError: that is not wanted, or nobody is there to ask.
+    """
+    from localmix.upstream import DISK, DOWNLOAD, brings_code, environment, make
+
+    code = brings_code(model)
+    if code:
+        _agree(
+            console,
+            f"{model} brings code ({', '.join(code[:3])}), and llama.cpp's converter may run it with all your rights.",
+            yes,
+        )
+    target = environment()
+    if not target.ready:
+        needs = "" if not target.own else f" with torch and transformers ({DOWNLOAD} to download, {DISK})"
+        _agree(console, f"llama.cpp's converter{needs} is to be installed in {target.folder}.", yes)
+    try:
+        make(target, console.status)
+    finally:
+        console.status()
+
+
+def _agree(console: Console, what: str, yes: bool) -> None:
+    if yes:
+        console.note(what)
+    elif not (console.can_ask and console.confirm(f"{what} Go on?")):
+        raise UsageError(what, "Nothing was done. --yes agrees to it.")

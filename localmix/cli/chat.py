@@ -93,11 +93,6 @@ def command(
     conversation; at the prompt it leaves. Every turn is saved. With a pipe on stdin one question is read from
     there.
     """
-    from localmix import library, session
-    from localmix.chat import Conversation, Engine, EngineSettings
-    from localmix.cli.chat_terminal import Talk, load, restore
-    from localmix.cli.chat_turn import prepare_drawing
-    from localmix.cli.memory_check import MemoryCheck
     from localmix.errors import UsageError
 
     console = Console(json)
@@ -111,36 +106,48 @@ def command(
         raise UsageError("--json needs one question.", "Give it with -p, or on stdin.")
     shape = _grammar(grammar, json_schema, question)
     template, template_name = _template(chat_template)
-    drafting = _draft(draft, draft_tokens)
-
-    def open_engine(name: str | Path | None) -> Engine:
-        check = MemoryCheck(
-            console,
-            context,
-            kv_type=kv_type,
-            device=device,
-            gpu_layers=gpu_layers,
-            experts=experts,
-            draft=drafting.model if drafting else None,
-        )
-        path = library.resolve(name, library.Purpose.RUN, check.fits)
-        choice = check.check(path, force)
-        return Engine(
-            path,
-            EngineSettings(
-                context=choice.context,
-                threads=threads,
-                placement=choice.placement,
-                repack=choice.repack,
-                kv_type=choice.kv_type,
-                rope=rope,
-                draft=drafting,
-                chat_template=template,
-                template_name=template_name,
-            ),
-        )
 
     with contextlib.ExitStack() as stack:
+        from localmix.chat import Conversation, Engine, EngineSettings, start_child
+
+        # it gets llama.cpp ready while this process imports the rest and looks at the model
+        children = [stack.enter_context(start_child())]
+
+        from localmix import library, session
+        from localmix.cli.chat_terminal import Talk, load, restore
+        from localmix.cli.chat_turn import prepare_drawing
+        from localmix.cli.memory_check import MemoryCheck
+
+        drafting = _draft(draft, draft_tokens)
+
+        def open_engine(name: str | Path | None) -> Engine:
+            check = MemoryCheck(
+                console,
+                context,
+                kv_type=kv_type,
+                device=device,
+                gpu_layers=gpu_layers,
+                experts=experts,
+                draft=drafting.model if drafting else None,
+            )
+            path = library.resolve(name, library.Purpose.RUN, check.fits)
+            choice = check.check(path, force)
+            return Engine(
+                path,
+                EngineSettings(
+                    context=choice.context,
+                    threads=threads,
+                    placement=choice.placement,
+                    repack=choice.repack,
+                    kv_type=choice.kv_type,
+                    rope=rope,
+                    draft=drafting,
+                    chat_template=template,
+                    template_name=template_name,
+                ),
+                children.pop() if children else None,
+            )
+
         keeper = stack.enter_context(session.Keeper(saving=not no_save))
         found = _session(console, keeper, go_on, session_name)
         engine = open_engine(model if model is not None or found is None else _model_of(found))

@@ -25,7 +25,13 @@ CHAT_TEMPLATE = "{{ bos_token }}{% for message in messages %}[{{ message.role }}
 
 Tensors = dict[str, tuple[str, npt.NDArray[Any]]]
 
-_STORAGE = {"BF16": np.dtype("<u2"), "F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
+_STORAGE = {
+    "BF16": np.dtype("<u2"),
+    "F16": np.dtype("<f2"),
+    "F32": np.dtype("<f4"),
+    "F64": np.dtype("<f8"),
+    "U8": np.dtype("u1"),
+}
 _CONFIG_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
 

@@ -221,6 +221,26 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "hidden_size": 32,
         "n_routed_experts": 2,
     },
+    "gpt_oss": {
+        **_DECODER,
+        **_BYTES,
+        "architectures": ["GptOssForCausalLM"],
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "attention_bias": True,
+        "rope_theta": 150000.0,
+        "swiglu_limit": 7.0,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "original_max_position_embeddings": 128,
+        },
+    },
     "bert": {
         "architectures": ["BertModel"],
         "hidden_act": "gelu",
@@ -307,6 +327,18 @@ def _layer(config: Mapping[str, Any], layer: int) -> Sizes:
     sizes["self_attn.o_proj.weight"] = (hidden, queries)
     if kind.startswith("qwen2"):
         sizes |= {f"self_attn.{name}_proj.bias": (count,) for name, count in rows.items()}
+    if kind == "gpt_oss":
+        sizes |= {f"self_attn.{name}_proj.bias": (count,) for name, count in {**rows, "o": hidden}.items()}
+        experts, inner = config["num_local_experts"], config["intermediate_size"]
+        return sizes | {
+            "self_attn.sinks": (config["num_attention_heads"],),
+            "mlp.router.weight": (experts, hidden),
+            "mlp.router.bias": (experts,),
+            "mlp.experts.gate_up_proj": (experts, hidden, 2 * inner),
+            "mlp.experts.gate_up_proj_bias": (experts, 2 * inner),
+            "mlp.experts.down_proj": (experts, inner, hidden),
+            "mlp.experts.down_proj_bias": (experts, hidden),
+        }
     if kind == "deepseek_v2":
         sizes = {name: (hidden,) for name in list(sizes)[:2]} | _folded(config)
     if kind == "olmo2":

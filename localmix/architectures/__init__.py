@@ -10,6 +10,7 @@ from localmix.architectures.base import Architecture
 from localmix.architectures.bert import BERT
 from localmix.architectures.deepseek import DEEPSEEK, DEEPSEEK_V2
 from localmix.architectures.gemma import GEMMA2, GEMMA3, GEMMA3_TEXT
+from localmix.architectures.gpt_oss import GPT_OSS
 from localmix.architectures.llama import LLAMA, MISTRAL, MIXTRAL
 from localmix.architectures.olmo import OLMO2
 from localmix.architectures.phi import PHI3
@@ -23,7 +24,7 @@ _ROWS = (
     *(GEMMA2, GEMMA3, GEMMA3_TEXT),
     *(PHI3, OLMO2),
     *(DEEPSEEK, DEEPSEEK_V2),
-    BERT,
+    *(GPT_OSS, BERT),
 )
 ARCHITECTURES: Mapping[str, Architecture] = {row.model_type: row for row in _ROWS}
 

@@ -264,6 +264,8 @@ class Architecture:
         expects: what config.json says wherever it says anything: llama.cpp has nothing else for this model.
         section: object of config.json that holds the settings of the text model, where there is one.
         renames: pattern in a checkpoint's tensor name → what replaces it, before names are compared.
+        packed: the one quantization of checkpoints that is widened for this model (quant_method of config.json);
+            the setting `packed` says whether it is there.
         elsewhere: pattern of names that belong to other parts of the checkpoint (a vision tower, a pooler).
     """
 
@@ -281,6 +283,7 @@ class Architecture:
     section: str = ""
     renames: Mapping[str, str] = field(default_factory=dict)
     elsewhere: str = ""
+    packed: str = ""
 
     def text_config(self, config: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
         """The configuration of the text model: config.json, with the row's section laid over it.
@@ -288,6 +291,8 @@ class Architecture:
         Raises:
             InputError: the section is no object.
         """
+        if self.packed:
+            config = {**config, "packed": bool(config.get("quantization_config"))}
         section = config.get(self.section) if self.section else None
         if section is None:
             return config

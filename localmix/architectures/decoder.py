@@ -7,6 +7,8 @@ leaves a number out, the value is the one that transformers' configuration class
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from localmix.architectures.base import (
     MOST_EXPERTS,
@@ -19,6 +21,7 @@ from localmix.architectures.base import (
     Settings,
     TensorRule,
 )
+from localmix.errors import InputError
 from localmix.sources.base import f32, u32
 
 LAYER = "model.layers.{layer}."
@@ -130,6 +133,16 @@ def decoder_dimensions(settings: Settings) -> Mapping[str, int]:
     }
 
 
+def check_windows(config: Mapping[str, Any], settings: Settings, path: Path, every: int) -> None:
+    """Raise InputError when not one layer in `every`, the last of them, sees everything, as llama.cpp has it."""
+    kinds = [
+        "sliding_attention" if (layer + 1) % every else "full_attention"
+        for layer in range(int(settings["num_hidden_layers"]))
+    ]
+    if config.get("layer_types", kinds) not in (kinds, None):
+        raise InputError(f"{path}: layer_types is not {every - 1} with a window and one without in turns.")
+
+
 def norm(source: str, target: str, length: str = "hidden", shift: float = 0.0) -> TensorRule:
     """A norm of each layer."""
     return TensorRule(f"{LAYER}{source}.weight", f"{BLOCK}{target}.weight", (length,), shift=shift)
@@ -145,7 +158,9 @@ def linear(
     return weight, TensorRule(f"{LAYER}{source}.bias", f"{BLOCK}{target}.bias", (rows,), heads, bias)
 
 
-def attention(*, interleaved: bool, bias: Presence | None = Presence.OPTIONAL) -> tuple[TensorRule, ...]:
+def attention(
+    *, interleaved: bool, bias: Presence = Presence.OPTIONAL, output_bias: Presence = Presence.OPTIONAL
+) -> tuple[TensorRule, ...]:
     """Queries, keys, values and output of each layer.
 
     Args:
@@ -156,7 +171,7 @@ def attention(*, interleaved: bool, bias: Presence | None = Presence.OPTIONAL) -
         *linear("self_attn.q_proj", "attn_q", "queries", "hidden", heads, bias),
         *linear("self_attn.k_proj", "attn_k", "keys", "hidden", kv_heads, bias),
         *linear("self_attn.v_proj", "attn_v", "keys", "hidden", bias=bias),
-        *linear("self_attn.o_proj", "attn_output", "hidden", "queries"),
+        *linear("self_attn.o_proj", "attn_output", "hidden", "queries", bias=output_bias),
     )
 
 

@@ -25,6 +25,7 @@ from localmix.architectures.decoder import (
     DENSE,
     EMBEDDING,
     attention,
+    check_windows,
     count,
     decoder_dimensions,
     decoder_settings,
@@ -113,18 +114,11 @@ GEMMA2 = Architecture(
 )
 
 _LOCAL_THETA = Setting("rope_theta", float, 1, 1e30, absent=1e4, keys=("{arch}.rope.freq_base_swa",), write=f32)
-_GLOBAL_EVERY = 6
 
 
 def _derive_gemma3(config: Mapping[str, Any], settings: Settings, path: Path) -> Derived:
     """The rotary embeddings: one for layers that see everything, one for those with a window."""
-    types = config.get("layer_types")
-    kinds = [
-        "full_attention" if (layer + 1) % _GLOBAL_EVERY == 0 else "sliding_attention"
-        for layer in range(int(settings["num_hidden_layers"]))
-    ]
-    if types is not None and types != kinds:
-        raise InputError(f"{path}: layer_types is not five layers with a window and one without, as in llama.cpp.")
+    check_windows(config, settings, path, every=6)
     block = config.get("rope_parameters")
     local: Any = {"rope_theta": config.get("rope_local_base_freq", 1e4)}
     if isinstance(block, dict) and "full_attention" in block:

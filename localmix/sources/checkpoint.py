@@ -32,6 +32,7 @@ from localmix.architectures.base import (
 from localmix.errors import FileError, InputError
 from localmix.sources.base import MetaValue, ShapeOnlySource, Source, TensorInfo, f32, text
 from localmix.sources.documents import listed, read_object, read_optional_object, shown
+from localmix.sources.mxfp4 import PackedTensor, pack
 from localmix.sources.safetensors import WEIGHT_DTYPES, Shard, StoredTensor, open_shard
 from localmix.sources.tokenizers import has_tokenizer, read_tokenizer
 from localmix.tensor_types import FLOAT_TYPES, TensorType, widen
@@ -199,8 +200,8 @@ def open_checkpoint(path: Path, *, pre: str | None = None) -> Source:
     if CONFIG not in names:
         raise InputError(f"{path} has no {CONFIG}, so it is not a checkpoint.", _hint_without_config(names))
     config: Mapping[str, Any] = read_object(config_path)
-    _refuse_quantized_config(config, config_path)
     row = find_architecture(config, config_path)
+    _refuse_quantized_config(config, config_path, row.packed)
     config = row.text_config(config, config_path)
     settings = row.settings(config, config_path)
     notes: list[str] = []
@@ -251,10 +252,10 @@ def _hint_without_config(names: set[str]) -> str:
     return _DOWNLOAD
 
 
-def _refuse_quantized_config(config: Mapping[str, Any], path: Path) -> None:
+def _refuse_quantized_config(config: Mapping[str, Any], path: Path, accepted: str) -> None:
     block = config.get("quantization_config")
-    if block:
-        method = block.get("quant_method") if isinstance(block, dict) else None
+    method = block.get("quant_method") if isinstance(block, dict) else None
+    if block and (method != accepted or not accepted):
         raise InputError(
             f"{path}: the checkpoint is already quantized ({shown(method or 'quantization_config')}).",
             _UNQUANTIZED,
@@ -354,7 +355,11 @@ def _collect(path: Path, row: Architecture, shards: Sequence[Shard], notes: list
                 both = f"{stored[name].file.path.name} and in {shard.path.name}"
                 raise InputError(f"{path}: tensor {shown(name)} is in {both}.", _DOWNLOAD)
             stored[name] = tensor
+    if row.packed:
+        pack(stored)
     for name in list(stored):
+        if isinstance(stored[name], PackedTensor):
+            continue
         method = next((method for ending, method in QUANTIZED_ENDINGS.items() if name.endswith(ending)), None)
         if method:
             raise InputError(
@@ -494,7 +499,7 @@ def _general_metadata(path: Path, row: Architecture, tensors: Sequence[TensorInf
     metadata = {"general.architecture": text(row.name), "general.type": text("model")}
     metadata |= _sampling_metadata(path / "generation_config.json")
     metadata["general.name"] = text(_model_name(path))
-    experts = [tensor for tensor in tensors if "_exps." in tensor.name]
+    experts = [tensor for tensor in tensors if "_exps." in tensor.name and len(tensor.shape) == 3]
     total = sum(tensor.elements for tensor in tensors)
     shared = total - sum(tensor.elements for tensor in experts)
     of_one_expert = sum(tensor.elements // tensor.shape[0] for tensor in experts)

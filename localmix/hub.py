@@ -346,26 +346,30 @@ def _begins_at(headers: Mapping[str, str], start: int, size: int) -> bool:
     return match is not None and int(match[1]) == start and match[2] in ("*", str(size))
 
 
-def read_range(repository: Repository, file: HubFile, start: int, stop: int) -> bytes:
+def read_range(repository: Repository, file: HubFile, start: int, stop: int, ended: threading.Event) -> bytes:
     """The bytes `[start:stop)` of a file, in memory.
+
+    Args:
+        ended: set from another thread to end a wait.
 
     Raises:
         NetworkError: they do not come.
+        Stopped: `ended` was set.
     """
-    patience = Patience(file.name, threading.Event())
+    patience = Patience(file.name, ended)
     found = b""
-    while True:
+    while len(found) < stop - start:
         try:
             with open_range(repository, file, start + len(found), stop) as answer:
                 if answer.start != start + len(found):  # the whole file: what is before it is passed over
                     found = _passing_over(answer, start, stop)
                 else:
                     found += _at_most(answer.blocks, stop - start - len(found))
-            if len(found) == stop - start:
-                return found
-            patience.wait("the connection was closed early")
+            if len(found) < stop - start:
+                patience.wait("the connection is closed early")
         except Passing as error:
             patience.wait(error.reason, error.seconds)
+    return found
 
 
 def _at_most(blocks: Iterator[bytes], count: int) -> bytes:

@@ -50,29 +50,28 @@ def command(
 ) -> None:
     """Show which types of a model fit into memory, with which context.
 
-    MODEL is a checkpoint folder, a folder with nothing but a config.json, a GGUF file or a name of the library.
+    MODEL is a checkpoint folder, a folder with nothing but a config.json, a GGUF file, a name of the library, or a
+    model of the hub such as mistralai/Mixtral-8x7B-v0.1, of which only the heads of the files are read.
     A cell says how much memory is needed, and "well" when everything stays there, "loads" when weights are read from
     the file again and again, which is slow, or "no".
     """
     from localmix import library, memory
+    from localmix.cli.model_argument import located
     from localmix.cli.plan import sort_out
-    from localmix.errors import InputError
     from localmix.fit import fit_table
     from localmix.table import Column, Table
 
     console = Console(json)
     model, names = sort_out(words, set_name)
     room = memory.machine(memory.parse_gigabytes(ram)) if ram else memory.available()
-    try:
-        path = library.resolve(model, library.Purpose.SOURCE)
-    except InputError:  # quantized files only
-        if names:
-            raise
-        path = library.resolve(model, library.Purpose.ANY)
-    found = fit_table(path, room, names=names or None, contexts=sorted(set(contexts)), kv_type=kv_type)
+    # a model may have quantized files only
+    purposes = (library.Purpose.SOURCE,) if names else (library.Purpose.SOURCE, library.Purpose.ANY)
+    with located(console, model, *purposes) as at:
+        found = fit_table(at.path, room, names=names or None, contexts=sorted(set(contexts)), kv_type=kv_type)
 
     document = {
-        "path": found.path,
+        "path": at.name,
+        "download_bytes": at.download_bytes,
         "available": found.room,
         "kv_type": kv_type,
         "simulated": found.simulated,

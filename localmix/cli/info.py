@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import click
@@ -12,24 +14,33 @@ from localmix.cli.parameters import MODEL, examples, json_option
 
 
 @click.command()
-@click.argument("model", metavar="[FILE|DIR]", type=MODEL, required=False)
+@click.argument("model", metavar="[FILE|DIR|REPO]", type=MODEL, required=False)
 @click.option("--tensors", "all_tensors", is_flag=True, help="List every tensor.")
 @click.option("--template", is_flag=True, help="Print the chat template.")
 @click.option("--sha256", is_flag=True, help="Compute the checksum of every file with weights.")
 @json_option
 @examples(
-    "localmix info tinymix:Q4_K_M", "localmix info examples/tinymix --tensors", "localmix info model.gguf --sha256"
+    "localmix info tinymix:Q4_K_M",
+    "localmix info examples/tinymix --tensors",
+    "localmix info model.gguf --sha256",
+    "localmix info mistralai/Mixtral-8x7B-v0.1",
 )
 def command(model: str | None, all_tensors: bool, template: bool, sha256: bool, json: bool) -> None:
-    """Show what a GGUF file or a checkpoint holds: metadata, types, tensors, chat template, checksums."""
+    """Show what a GGUF file or a checkpoint holds: metadata, types, tensors, chat template, checksums.
+
+    Of a model of the hub only the heads of the files are read; its checksums are those that the hub has.
+    """
     from localmix import library
-    from localmix.inspection import inspect
+    from localmix.cli.model_argument import located
+    from localmix.inspection import FileSummary, inspect
     from localmix.table import Column, Table, number, size, size_unit
 
     console = Console(json)
-    path = library.resolve(model, library.Purpose.ANY)
-    with console.progress() as progress:
-        found = inspect(path, sha256=sha256, progress=progress)
+    with located(console, model, library.Purpose.ANY) as at, console.progress() as progress:
+        found = inspect(at.path, sha256=sha256 and not at.files, progress=progress)
+    if at.files:
+        files = tuple(FileSummary(Path(file.name), file.bytes, file.sha256 or None) for file in at.files)
+        found = replace(found, path=Path(at.name), files=files)
 
     def draw() -> None:
         for note in found.notes:

@@ -39,7 +39,7 @@ from localmix.cli.parameters import (
 @json_option
 @examples(
     "localmix plan examples/tinymix",
-    "localmix plan ~/models/Mixtral-8x7B-v0.1 Q4_K IQ2_XS --ram 16",
+    "localmix plan mistralai/Mixtral-8x7B-v0.1 Q4_K IQ2_XS --ram 16",
     "localmix plan tinymix --set chinese-mixtral --imatrix",
 )
 def command(
@@ -54,13 +54,16 @@ def command(
 ) -> None:
     """Show size, bits per weight and memory need of each type, before anything is written.
 
-    SRC is a checkpoint folder, a folder with nothing but a config.json, or a GGUF file. Without a TYPE all
-    types are planned. A type runs well when everything stays in memory. It loads when only its weights, which are
-    read from the file again and again, do not: then it is slow.
+    SRC is a checkpoint folder, a folder with nothing but a config.json, a GGUF file, or a model of the hub such as
+    mistralai/Mixtral-8x7B-v0.1, of which only the heads of the files are read. Without a TYPE all types are planned.
+
+    A type runs well when everything stays in memory. It loads when only its weights, which are read from the file
+    again and again, do not: then it is slow.
     """
     from dataclasses import replace
 
     from localmix import library, memory
+    from localmix.cli.model_argument import located
     from localmix.placement import weigh
     from localmix.plan import Planner
     from localmix.presets import load_presets
@@ -73,9 +76,8 @@ def command(
     model, names = sort_out(words, set_name)
     names = names or list(load_presets().presets)
     room = memory.machine(memory.parse_gigabytes(ram)) if ram else memory.available()
-    path = library.resolve(model, library.Purpose.SOURCE)
     floor = memory.machine(memory.FLOOR_GB)
-    with open_source(path) as source:
+    with located(console, model, library.Purpose.SOURCE) as found, open_source(found.path) as source:
         context = context or min(memory.DEFAULT_CONTEXT, memory.trained_context(source))
         planner = Planner(source)
         plans = [planner.plan(load_presets().find(name), has_imatrix=imatrix) for name in names]
@@ -89,7 +91,8 @@ def command(
         parameters = source.parameters
 
     document: dict[str, Any] = {
-        "path": path,
+        "path": found.name,
+        "download_bytes": found.download_bytes,
         "parameters": parameters,
         "ctx": context,
         "kv_type": kv_type,

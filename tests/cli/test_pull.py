@@ -115,3 +115,18 @@ def test_wrong_words_and_no_network(localmix: CommandLine, served: Hub) -> None:
     offline = {**served.variables, "HF_HUB_OFFLINE": "1"}
     assert "HF_HUB_OFFLINE" in dataclasses.replace(localmix, variables=offline).fails("pull", NAME, expect=6)
     assert not localmix.home.exists() or not list(localmix.home.iterdir())
+
+
+def test_plan_info_and_fit_read_only_heads(localmix: CommandLine, served: Hub, tmp_path: Path) -> None:
+    planned = localmix("plan", NAME, "Q4_K", "Q8_0", "--json").json
+    here = localmix("plan", tmp_path / "served" / "fox", "Q4_K", "Q8_0", "--json").json
+    assert planned["types"] == here["types"]
+    assert planned["path"] == NAME
+    assert planned["download_bytes"] > sum(len(c) for n, c in served.repositories[NAME].items() if "model-" in n)
+    run = localmix("info", NAME)
+    assert hashlib.sha256(served.repositories[NAME][SHARD]).hexdigest() in run.out
+    assert "3 files of weights" in run.err
+    assert localmix("fit", NAME, "Q4_K", "--json").json["path"] == NAME
+    assert served.bytes_of("model-") <= 3 * 3 * (1 << 18)
+    assert not localmix.home.exists()
+    localmix.fails("plan", "org/none", "Q4_K", expect=6)

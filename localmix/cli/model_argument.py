@@ -1,0 +1,71 @@
+"""What the model argument of `plan`, `fit` and `info` means: something here, or the heads of a model of the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from localmix import library
+
+if TYPE_CHECKING:
+    from localmix.cli.console import Console
+    from localmix.hub import HubFile
+
+
+@dataclass(frozen=True)
+class Located:
+    """A model that can be opened.
+
+    Attributes:
+        name: what the user is told: the path, or the repository's name.
+        files: those of the hub that hold weights; empty for a model that is here.
+        download_bytes: what fetching it would be; None for a model that is here.
+    """
+
+    path: Path
+    name: str
+    files: tuple[HubFile, ...] = ()
+    download_bytes: int | None = None
+
+
+@contextmanager
+def located(console: Console, wanted: str | None, *purposes: library.Purpose) -> Iterator[Located]:
+    """The model that is meant, for as long as the block runs.
+
+    Args:
+        wanted: a path, a library name, a repository of the hub, or None for the model used last.
+        purposes: of `library.resolve`; the next one where a model has nothing for one.
+
+    Raises:
+        LocalmixError: see `library.resolve` and `sources.remote`.
+    """
+    from localmix.errors import InputError, LocalmixError
+
+    if wanted is not None and library.find_repository(wanted):
+        from localmix.sources.remote import heads
+        from localmix.table import size
+
+        console.status(f"Reading the heads of the files of {wanted} …")
+        with heads(wanted, for_quantizing=library.Purpose.SOURCE in purposes) as found:
+            console.status()
+            count = len(found.remote.weights)
+            console.note(
+                f"{wanted} is on the hub: {size(found.bytes)}, {count} file{'s' if count > 1 else ''} of weights."
+            )
+            try:
+                yield Located(found.path, wanted, found.remote.weights, found.bytes)
+            except LocalmixError as error:  # the folder of the heads means nothing to the user
+                raise type(error)(error.message.replace(str(found.path), wanted), error.hint) from error
+        return
+    for purpose in purposes[:-1]:
+        try:
+            path = library.resolve(wanted, purpose)
+        except InputError:
+            continue
+        yield Located(path, str(path))
+        return
+    path = library.resolve(wanted, purposes[-1])
+    yield Located(path, str(path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from localmix.errors import InputError, UsageError
 from localmix.native.devices import default_threads
 from localmix.plan import Plan, Planner, check_quantizable
 from localmix.presets import load_presets
+from localmix.sources.adapter import Lora
 from localmix.sources.base import Source
 from localmix.sources.open import open_source
 from localmix.stream import Progress, write_outputs
@@ -67,6 +69,7 @@ def convert(
     kind: str = "auto",
     *,
     pre: str | None = None,
+    loras: Sequence[Lora] = (),
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Converted:
@@ -77,13 +80,14 @@ def convert(
         output: the file to write.
         kind: `auto` (as the weights are), `bf16`, `f16` or `f32`.
         pre: llama.cpp's name for the way that the tokenizer splits, instead of recognising it.
+        loras: adapters that are merged into the weights.
         threads: defaults to the cores at hand.
         progress: called with (weights done, weights in all, tensor's name).
 
     Raises:
         LocalmixError: see `sources.open`, `plan` and `stream`.
     """
-    with open_source(model, pre=pre) as source:
+    with open_source(model, pre=pre, loras=loras) as source:
         plan = plan_conversion(source, kind)
         write_outputs(source, [(plan, output)], threads=threads or default_threads(), progress=progress)
         return Converted(

@@ -13,6 +13,7 @@ from localmix.importance import Importance, load_importance
 from localmix.native.devices import default_threads
 from localmix.plan import Plan, Planner, check_coverage, check_importance, check_quantizable, check_rules, check_split
 from localmix.presets import Preset, Rule, tensor_type
+from localmix.sources.adapter import Lora
 from localmix.sources.base import MetaValue, Source, boolean, f32, text, u32
 from localmix.sources.open import open_source
 from localmix.stream import Progress, write_outputs
@@ -164,6 +165,7 @@ def quantize(
     split_bytes: int | None = None,
     allow_requantize: bool = False,
     upstream_imatrix: bool = False,
+    loras: Sequence[Lora] = (),
     threads: int | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -179,6 +181,7 @@ def quantize(
         split_bytes: put no more than this into one file; parts get llama.cpp's names.
         allow_requantize: take a source that is already quantized.
         upstream_imatrix: give experts that no calibration token reached llama.cpp's weights of one.
+        loras: adapters that are merged into a checkpoint's weights.
         threads: defaults to the cores at hand.
         dry_run: plan and check only.
         progress: called with (weights done, weights in all, tensor's name).
@@ -187,7 +190,7 @@ def quantize(
         LocalmixError: see `sources.open`, `plan`, `importance` and `stream`.
     """
     started = time.monotonic()
-    with open_source(model) as source:
+    with open_source(model, loras=loras) as source:
         source.metadata = {**source.metadata, **dict(overrides)}
         importance = None
         if imatrix is not None:

@@ -64,6 +64,7 @@ def _slices(tensors: Sequence[TensorInfo]) -> Iterator[_Slice]:
 def _fingerprint(source: Source, plan: Plan, importance: Importance | None) -> str:
     """What the bytes of an output depend on; a partial file of another fingerprint is not gone on with."""
     digest = hashlib.sha256(f"{__version__} {SLICE_WEIGHTS}".encode())
+    digest.update(source.recipe.encode())
     for header in plan.headers:
         digest.update(header)
     for path in source.files():

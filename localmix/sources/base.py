@@ -88,12 +88,14 @@ class Source(ABC):
         metadata: GGUF key-values in the order they are written; `general.architecture` is first.
         tensors: in the order they are written.
         notes: sentences the user should see (padded vocabulary, dropped tensors).
+        recipe: what the weights depend on besides the files that hold them: the scales of merged adapters.
     """
 
     path: Path
     metadata: dict[str, MetaValue]
     tensors: Sequence[TensorInfo]
     notes: list[str]
+    recipe: str = ""
 
     @abstractmethod
     def read(self, tensor: TensorInfo, start: int, stop: int) -> npt.NDArray[Any]:

@@ -30,8 +30,10 @@ from localmix.architectures.base import (
     Number,
 )
 from localmix.errors import FileError, InputError
+from localmix.sources.adapter import Adapter, Lora, open_adapter, replaces_vocabulary
 from localmix.sources.base import MetaValue, ShapeOnlySource, Source, TensorInfo, f32, text
 from localmix.sources.documents import listed, read_object, read_optional_object, shown
+from localmix.sources.lora import describe, lay_over
 from localmix.sources.mxfp4 import PackedTensor, pack
 from localmix.sources.safetensors import WEIGHT_DTYPES, Shard, StoredTensor, open_shard
 from localmix.sources.tokenizers import has_tokenizer, read_tokenizer
@@ -114,11 +116,13 @@ class Checkpoint(Source):
         notes: list[str],
         layouts: Mapping[str, _Layout],
         shards: Sequence[Shard],
+        recipe: str = "",
     ) -> None:
         self.path = path
         self.metadata = metadata
         self.tensors = tensors
         self.notes = notes
+        self.recipe = recipe
         self._layouts = layouts
         self._shards = shards
 
@@ -182,20 +186,21 @@ def _as_type(rows: npt.NDArray[Any], dtype: str, kind: TensorType) -> npt.NDArra
     return rows.astype(np.float32) if stored is None else widen(rows, stored)
 
 
-def open_checkpoint(path: Path, *, pre: str | None = None) -> Source:
+def open_checkpoint(path: Path, *, pre: str | None = None, loras: Sequence[Lora] = ()) -> Source:
     """Open a checkpoint folder and check it in full, except for the weights themselves.
 
     Args:
         path: a folder with config.json, safetensors files and a tokenizer. Without any file of weights the
             result can be planned but not read.
         pre: llama.cpp's name for the way that the tokenizer splits, instead of recognising it.
+        loras: adapters that are merged into the weights while they are read.
 
     Raises:
-        InputError: broken, incomplete, already quantized, or of a kind that is not converted.
+        InputError: broken, incomplete, already quantized, or of a kind that is not converted; or an adapter is.
         FileError: the file system refuses.
     """
     path = Path(path)
-    names = _list_folder(path)
+    names = list_folder(path)
     config_path = path / CONFIG
     if CONFIG not in names:
         raise InputError(f"{path} has no {CONFIG}, so it is not a checkpoint.", _hint_without_config(names))
@@ -206,9 +211,16 @@ def open_checkpoint(path: Path, *, pre: str | None = None) -> Source:
     settings = row.settings(config, config_path)
     notes: list[str] = []
     with ExitStack() as opened:
-        shards = _open_shards(path, names, opened)
+        shards = open_shards(path, names, opened)
         stored = _collect(path, row, shards, notes)
-        if shards:
+        adapters = open_adapters(path, loras, shards, opened)
+        if adapters:
+            stored = lay_over(path, stored, adapters, row.rename)
+            notes += describe(adapters, stored)
+        embedding = row.rules[0].source
+        if any(replaces_vocabulary(adapter) for adapter in adapters) and embedding in stored:
+            settings["vocab_size"] = stored[embedding].shape[0]
+        elif shards:
             settings["vocab_size"] = _embedding_rows(row, settings, stored, config_path, notes)
         derived = row.derive(config, settings, config_path)
         notes += [f"{config_path}: {note}." for note in derived.notes]
@@ -225,16 +237,39 @@ def open_checkpoint(path: Path, *, pre: str | None = None) -> Source:
         metadata |= row.metadata(settings)
         metadata |= derived.metadata
         if shards or has_tokenizer(path):
-            tokenizer = read_tokenizer(path, config, int(settings["vocab_size"]), row.extra_tokens, pre)
+            folder = tokenizer_folder(path, adapters)
+            tokenizer = read_tokenizer(folder, config, int(settings["vocab_size"]), row.extra_tokens, pre)
             metadata |= {**tokenizer.metadata, **row.vocabulary}
             notes += tokenizer.notes
         opened.pop_all()
     if not shards:
         return ShapeOnlySource(path, metadata, tensors, notes)
-    return Checkpoint(path, metadata, tensors, notes, layouts, shards)
+    recipe = "\n".join(adapter.recipe for adapter in adapters)
+    return Checkpoint(path, metadata, tensors, notes, layouts, [*shards, *(a.shard for a in adapters)], recipe)
 
 
-def _list_folder(path: Path) -> set[str]:
+def open_adapters(path: Path, loras: Sequence[Lora], shards: Sequence[Shard], opened: ExitStack) -> list[Adapter]:
+    """Open the adapters that are to be merged into the weights of a folder.
+
+    Raises:
+        InputError: the folder has no weights, or an adapter is none.
+    """
+    if loras and not shards:
+        raise InputError(f"{path} has no weights to merge {loras[0].path} into.", _DOWNLOAD)
+    adapters: list[Adapter] = []
+    for lora in loras:
+        adapters.append(open_adapter(lora))
+        opened.callback(adapters[-1].close)
+    return adapters
+
+
+def tokenizer_folder(path: Path, adapters: Sequence[Adapter]) -> Path:
+    """The folder whose tokenizer belongs to the weights: that of an adapter which brings embeddings of its own."""
+    own = [adapter.path for adapter in adapters if replaces_vocabulary(adapter) and has_tokenizer(adapter.path)]
+    return own[-1] if own else path
+
+
+def list_folder(path: Path) -> set[str]:
     try:
         return set(os.listdir(path))
     except NotADirectoryError as error:
@@ -262,7 +297,7 @@ def _refuse_quantized_config(config: Mapping[str, Any], path: Path, accepted: st
         )
 
 
-def _open_shards(path: Path, names: set[str], opened: ExitStack) -> list[Shard]:
+def open_shards(path: Path, names: set[str], opened: ExitStack) -> list[Shard]:
     """All shards of the folder, open; none if it holds no weights at all.
 
     Raises:

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from localmix.errors import FileError, InputError
 from localmix.sources.base import Source
 
+if TYPE_CHECKING:
+    from localmix.sources.adapter import Lora
 
-def open_source(path: Path, *, pre: str | None = None) -> Source:
+_WANTS_CHECKPOINT = "Give the checkpoint's folder, which has config.json and safetensors files."
+
+
+def open_source(path: Path, *, pre: str | None = None, loras: Sequence[Lora] = ()) -> Source:
     """Open whatever holds a model.
 
     Args:
-        path: a Hugging Face checkpoint folder, its `config.json`, or a GGUF file (any part of a split one).
-        pre: llama.cpp's name for the way that a checkpoint's tokenizer splits, instead of recognising it.
+        path: a Hugging Face checkpoint folder, its `config.json`, or a GGUF file (any part of a split one, or any
+            piece of one that was cut).
+        pre: llama.cpp's name for the way that the tokenizer splits, instead of recognising it.
+        loras: adapters that are merged into a checkpoint's weights while they are read.
 
     Raises:
         FileError: there is nothing at the path.
@@ -24,7 +33,7 @@ def open_source(path: Path, *, pre: str | None = None) -> Source:
     if path.is_dir() or path.name == "config.json":
         from localmix.sources.checkpoint import open_checkpoint
 
-        return open_checkpoint(path if path.is_dir() else path.parent, pre=pre)
+        return open_checkpoint(path if path.is_dir() else path.parent, pre=pre, loras=loras)
     if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt"):
         raise InputError(
             f"{path} is a pickle, which can run any program when it is opened.",
@@ -32,6 +41,8 @@ def open_source(path: Path, *, pre: str | None = None) -> Source:
         )
     if path.suffix == ".safetensors":
         raise InputError(f"{path} is one file of a checkpoint.", f"Give its folder: {path.parent or Path('.')}.")
+    if loras:
+        raise InputError(f"{path}: an adapter is merged into a checkpoint, not into a GGUF file.", _WANTS_CHECKPOINT)
     from localmix.sources.gguf import GGUFFile
 
-    return GGUFFile(path)
+    return GGUFFile(path, pre=pre)

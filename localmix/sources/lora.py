@@ -1,0 +1,352 @@
+"""LoRA adapters laid over the tensors of a checkpoint: merged while they are read, never on disk.
+
+Every tensor of an adapter must find its place in the checkpoint. What lies above, a converter or a quantizer, reads
+merged tensors as it reads stored ones.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from localmix.errors import InputError, UsageError
+from localmix.sources.adapter import CONFIG, EMBEDDING, HEAD, Adapter, AdapterModule
+from localmix.sources.documents import listed, shown
+from localmix.sources.low_rank import BiasChange, ExpertPart, Factors, LowRankChange, MergedTensor, ReplacedRows
+from localmix.sources.safetensors import WEIGHT_DTYPES, StoredTensor
+
+# Experts of a mixture as transformers 5 and later stacks them, and the names in checkpoints: gate, up, down.
+_EXPERTS = re.compile(r"(?P<block>.+)\.(?P<name>mlp|block_sparse_moe)\.experts(\.base_layer)*")
+_EXPERT_NAMES = (("w1", "w3", "w2"), ("gate_proj", "up_proj", "down_proj"))
+
+
+def _same_name(name: str) -> str:
+    return name
+
+
+class _Overlay:
+    """The changes of all adapters, collected by the tensor of the checkpoint that they are for."""
+
+    def __init__(self, path: Path, stored: Mapping[str, StoredTensor]) -> None:
+        self.path = path
+        self.stored = stored
+        self.changes: dict[str, list[LowRankChange | BiasChange]] = {}
+        self.whole: dict[str, StoredTensor] = {}
+        self.rows: dict[str, ReplacedRows] = {}
+        self.adapters: dict[str, list[Adapter]] = {}
+
+    def origin(self, name: str) -> StoredTensor | None:
+        """What is read before anything is added."""
+        return self.whole.get(name) or self.stored.get(name)
+
+    def find(self, name: str) -> str:
+        """The checkpoint's name of a tensor; transformers 5 has another one for the mixture of Mixtral."""
+        older = name.replace(".mlp.", ".block_sparse_moe.")
+        return older if name not in self.stored and older in self.stored else name
+
+    def touch(self, name: str, adapter: Adapter) -> None:
+        """Note whose a change is; what is held whole cannot be added to what others change."""
+        others = self.adapters.setdefault(name, [])
+        if adapter not in others:
+            others.append(adapter)
+        if (name in self.whole or name in self.rows) and len(others) > 1:
+            folders = " and ".join(str(other.path) for other in others)
+            raise InputError(f"{folders} both change {name}, and one of them holds it whole.", "Merge one of them.")
+
+    def tensors(self) -> dict[str, StoredTensor]:
+        """The checkpoint's tensors, those that adapters change being merged while they are read."""
+        found = dict(self.stored)
+        for name, adapters in self.adapters.items():
+            origin = self.origin(name)
+            assert origin is not None
+            base = self.stored.get(name, origin)
+            found[name] = MergedTensor(
+                name=base.name if name in self.stored else name,
+                dtype=base.dtype,
+                shape=origin.shape,
+                file=origin.file,
+                offset=origin.offset,
+                origin=origin,
+                changes=tuple(self.changes.get(name, ())),
+                rows=self.rows.get(name),
+                adapters=tuple(adapter.path for adapter in adapters),
+            )
+        return found
+
+
+def lay_over(
+    path: Path,
+    stored: Mapping[str, StoredTensor],
+    adapters: Sequence[Adapter],
+    rename: Callable[[str], str] = _same_name,
+) -> dict[str, StoredTensor]:
+    """The tensors of a checkpoint with adapters laid over them; nothing is read yet.
+
+    With several adapters each one's change is that of the checkpoint's own weights, and the changes are added up.
+
+    Args:
+        path: the checkpoint, for messages.
+        stored: its tensors by name.
+        adapters: what `open_adapter` opened.
+        rename: applied to the adapters' names, as it was to those of `stored`.
+
+    Returns:
+        All tensors by name. The changed ones keep the dtype that the checkpoint has; a vocabulary may have another
+        size. An output that the checkpoint shares with its embedding may be there besides.
+
+    Raises:
+        InputError: a tensor of an adapter belongs nowhere, or is of another shape than the weight it changes.
+    """
+    overlay = _Overlay(path, stored)
+    for adapter in adapters:
+        _place_whole(overlay, adapter, rename)
+        for module in adapter.modules.values():
+            _place(overlay, adapter, module, rename)
+    tensors = overlay.tensors()
+    _check_vocabulary(overlay, tensors)
+    return tensors
+
+
+def _place_whole(overlay: _Overlay, adapter: Adapter, rename: Callable[[str], str]) -> None:
+    """Put the tensors that the adapter holds whole in the place of the checkpoint's."""
+    homeless: list[str] = []
+    for own_name, tensor in adapter.whole.items():
+        name = rename(own_name)
+        base = overlay.stored.get(name)
+        if base is None:
+            tied = name == HEAD and any(f".{other}".endswith(f".{EMBEDDING}") for other in overlay.stored)
+            if not tied:
+                homeless.append(tensor.name)
+                continue
+        elif base.shape[1:] != tensor.shape[1:] or (base.shape != tensor.shape and not _is_vocabulary(name)):
+            raise _other_base(overlay, adapter, tensor.name, f"has the shape {list(tensor.shape)}", name, base)
+        if adapter.scale != 1:
+            raise UsageError(
+                f"{adapter.path} holds {name} whole, so it cannot be weighed with {adapter.scale:g}.",
+                "Give it without a scale.",
+            )
+        overlay.whole[name] = tensor
+        overlay.touch(name, adapter)
+    if homeless:
+        raise InputError(
+            f"{adapter.path}: {len(homeless)} tensors belong nowhere in {overlay.path}: {listed(homeless, 3)}.",
+            adapter.origin,
+        )
+
+
+def _is_vocabulary(name: str) -> bool:
+    return f".{name}".endswith((f".{EMBEDDING}", f".{HEAD}"))
+
+
+def _place(overlay: _Overlay, adapter: Adapter, module: AdapterModule, rename: Callable[[str], str]) -> None:
+    """Put the changes of one module where they belong."""
+    roles = dict(module.roles)
+    if "tokens" in roles:
+        _place_rows(overlay, adapter, module, rename)
+        del roles["tokens"]
+        if not roles:
+            return
+    embedding = "embedding A" in roles or "embedding B" in roles
+    first, second = ("embedding A", "embedding B") if embedding else ("A", "B")
+    a, b = roles.pop(first, None), roles.pop(second, None)
+    if a is None or b is None:
+        held = next(iter(module.roles.values())).name
+        raise InputError(f"{adapter.path} holds {shown(held)}, but not the other tensors of that module.")
+    if len(a.shape) < 2 or len(b.shape) < 2:
+        raise InputError(
+            f"{adapter.path}: {shown(a.name)} and {shown(b.name)} are no matrices.", "Save the adapter again, gathered."
+        )
+    name = overlay.find(rename(f"{module.name}.weight"))
+    base = overlay.origin(name)
+    if base is None:
+        _place_experts(overlay, adapter, module, a, b, rename)
+        return
+    _require_floats(overlay, adapter, name)
+    _add(overlay, adapter, name, a, b, roles.pop("magnitude", None), embedding, base, module.name)
+    bias = roles.pop("bias", None)
+    if bias is not None:
+        target = rename(f"{module.name}.bias")
+        own = overlay.origin(target)
+        if own is None or own.shape != bias.shape:
+            problem = f"has the shape {list(bias.shape)}"
+            raise _other_base(overlay, adapter, bias.name, problem, target, own)
+        scale = adapter.scaling(module.name, _rank(a)) * adapter.scale
+        overlay.changes.setdefault(target, []).append(BiasChange(bias, scale))
+        overlay.touch(target, adapter)
+    if roles:
+        leftovers = listed(sorted(tensor.name for tensor in roles.values()))
+        raise InputError(f"{adapter.path}: {leftovers} cannot be used together with {shown(a.name)}.")
+
+
+def _rank(a: StoredTensor) -> int:
+    return a.shape[0]
+
+
+def _matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    return shape[0], math.prod(shape[1:])
+
+
+def _add(
+    overlay: _Overlay,
+    adapter: Adapter,
+    name: str,
+    a: StoredTensor,
+    b: StoredTensor,
+    magnitude: StoredTensor | None,
+    embedding: bool,
+    base: StoredTensor,
+    module: str,
+) -> None:
+    """Add a low-rank change to one tensor of the checkpoint."""
+    (rank, inner), (outer, inner_rank) = _matrix_shape(a.shape), _matrix_shape(b.shape)
+    wanted, mirrored = (outer, inner), (inner, outer)
+    own = _matrix_shape(base.shape)
+    transposed = embedding or (adapter.transposed and own == mirrored)
+    if rank != inner_rank or own != (mirrored if transposed else wanted) or not base.shape[1:]:
+        made = f"is for a weight of {list(mirrored if transposed else wanted)}"
+        raise _other_base(overlay, adapter, a.name, made, name, base)
+    if (magnitude is not None) != adapter.uses_magnitudes:
+        has = "has no lora_magnitude_vector" if magnitude is None else "has a lora_magnitude_vector"
+        raise InputError(f"{adapter.path}: {module} {has}, but {CONFIG} says use_dora: {adapter.uses_magnitudes}.")
+    if magnitude is not None and math.prod(magnitude.shape) != outer:
+        raise InputError(
+            f"{adapter.path}: {shown(magnitude.name)} has {math.prod(magnitude.shape)} values for {outer} rows.",
+            adapter.origin,
+        )
+    change = LowRankChange(
+        Factors(a, b, transposed=transposed),
+        adapter.scaling(module, rank),
+        adapter.scale,
+        adapter.load,
+        magnitude,
+        transposed,
+        base,
+    )
+    overlay.changes.setdefault(name, []).append(change)
+    overlay.touch(name, adapter)
+
+
+def _place_rows(overlay: _Overlay, adapter: Adapter, module: AdapterModule, rename: Callable[[str], str]) -> None:
+    """Put the embeddings of chosen tokens in the place of the checkpoint's."""
+    values = module.roles["tokens"]
+    name = rename(f"{module.name}.weight")
+    base = overlay.origin(name)
+    if base is None or base.shape[1:] != values.shape[1:]:
+        raise _other_base(overlay, adapter, values.name, f"has the shape {list(values.shape)}", name, base)
+    indices = adapter.token_indices(module.name, values.shape[0])
+    if max(indices, default=0) >= base.shape[0]:
+        raise _other_base(overlay, adapter, values.name, f"is for token {max(indices)}", name, base)
+    if adapter.scale != 1:
+        raise UsageError(
+            f"{adapter.path} holds rows of {name} whole, so it cannot be weighed with {adapter.scale:g}.",
+            "Give it without a scale.",
+        )
+    overlay.rows[name] = ReplacedRows(indices, values)
+    overlay.touch(name, adapter)
+
+
+def _place_experts(
+    overlay: _Overlay,
+    adapter: Adapter,
+    module: AdapterModule,
+    a: StoredTensor,
+    b: StoredTensor,
+    rename: Callable[[str], str],
+) -> None:
+    """Deal factors that are stacked over the experts of a layer out to the experts' own tensors."""
+    found = _EXPERTS.fullmatch(module.name)
+    layout = _expert_layout(overlay.stored, found, rename) if found and module.roles.keys() == {"A", "B"} else None
+    if layout is None:
+        raise InputError(
+            f"{adapter.path}: {shown(a.name)} belongs to no weight of {overlay.path}"
+            f" (there is no {rename(f'{module.name}.weight')}).",
+            adapter.origin,
+        )
+    gates, ups, downs = layout
+    count = len(gates)
+    _require_floats(overlay, adapter, gates[0])
+    gate, down = overlay.stored[gates[0]].shape, overlay.stored[downs[0]].shape
+    (stacked, inner), (outer, inner_rank) = _matrix_shape(a.shape), _matrix_shape(b.shape)
+    rows, hidden = gate
+    if stacked == inner_rank and stacked % count == 0 and (outer, inner) == (2 * rows, hidden):
+        parts = [(gates, 0, rows), (ups, rows, 2 * rows)]
+    elif stacked == inner_rank and stacked % count == 0 and (outer, inner) == down:
+        parts = [(downs, 0, outer)]
+    else:
+        made = f"is for {count} experts' weights of {[outer, inner]}"
+        raise _other_base(overlay, adapter, a.name, made, gates[0], overlay.stored[gates[0]])
+    parameter = _parameter(module.name, "down_proj" if len(parts) == 1 else "gate_up_proj")
+    scale = adapter.scaling(parameter, stacked // count)
+    for names, start, stop in parts:
+        for expert, name in enumerate(names):
+            factors = Factors(a, b, expert=ExpertPart(expert, count, start, stop))
+            change = LowRankChange(factors, scale, adapter.scale, adapter.load)
+            overlay.changes.setdefault(name, []).append(change)
+            overlay.touch(name, adapter)
+
+
+def _parameter(module: str, name: str) -> str:
+    """The name of a stacked parameter, to which PEFT's patterns of ranks refer."""
+    return f"{module.replace('.base_layer', '')}.{name}"
+
+
+def _expert_layout(
+    stored: Mapping[str, StoredTensor], found: re.Match[str], rename: Callable[[str], str]
+) -> tuple[list[str], list[str], list[str]] | None:
+    """Names of all experts' gate, up and down matrices of one layer; None where the checkpoint has none."""
+    for block in (found["name"], "block_sparse_moe", "mlp"):
+        prefix = rename(f"{found['block']}.{block}.experts.")
+        for leaves in _EXPERT_NAMES:
+            columns: list[list[str]] = [[], [], []]
+            while all(f"{prefix}{len(columns[0])}.{leaf}.weight" in stored for leaf in leaves):
+                number = len(columns[0])
+                for column, leaf in zip(columns, leaves, strict=True):
+                    column.append(f"{prefix}{number}.{leaf}.weight")
+            if columns[0]:
+                return columns[0], columns[1], columns[2]
+    return None
+
+
+def _require_floats(overlay: _Overlay, adapter: Adapter, name: str) -> None:
+    base = overlay.stored.get(name)
+    if base is not None and base.dtype not in WEIGHT_DTYPES:
+        raise InputError(
+            f"{overlay.path}: {base.name} is {base.dtype}, into which {adapter.path} cannot be merged.",
+            "Take the checkpoint in bf16, f16 or f32.",
+        )
+
+
+def _other_base(
+    overlay: _Overlay, adapter: Adapter, own_name: str, made: str, name: str, base: StoredTensor | None
+) -> InputError:
+    has = f"{name} has the shape {list(base.shape)}" if base is not None else f"there is no {name}"
+    return InputError(
+        f"{adapter.path} is no adapter of {overlay.path}: {shown(own_name)} {made}, and {has}.", adapter.origin
+    )
+
+
+def _check_vocabulary(overlay: _Overlay, tensors: Mapping[str, StoredTensor]) -> None:
+    """Refuse an adapter that holds only one of embedding and output in another size."""
+    named = {ending: name for name in tensors for ending in (EMBEDDING, HEAD) if f".{name}".endswith(f".{ending}")}
+    if len(named) < 2 or not set(named.values()) & overlay.whole.keys():
+        return
+    rows = {ending: tensors[name].shape[0] for ending, name in named.items()}
+    if rows[EMBEDDING] != rows[HEAD]:
+        folder = next(overlay.adapters[name][0].path for name in named.values() if name in overlay.whole)
+        raise InputError(
+            f"{folder} gives the model {rows[EMBEDDING]} embeddings but {rows[HEAD]} outputs.",
+            "An adapter of a larger vocabulary must hold both (modules_to_save).",
+        )
+
+
+def describe(adapters: Iterable[Adapter], tensors: Mapping[str, StoredTensor]) -> list[str]:
+    """Sentences on what each adapter changes."""
+    notes = []
+    for adapter in adapters:
+        merged = [tensor for tensor in tensors.values() if isinstance(tensor, MergedTensor)]
+        count = sum(adapter.path in tensor.adapters for tensor in merged)
+        weighed = "" if adapter.scale == 1 else f" with the scale {adapter.scale:g}"
+        notes.append(f"{adapter.path} is merged into {count} tensors{weighed}.")
+    return notes

@@ -89,7 +89,13 @@ def environment() -> Environment:
 
 
 def brings_code(model: Path) -> list[str]:
-    """Names of what a checkpoint brings to be run: Python files, and entries that send for some."""
+    """Names of what a checkpoint brings to be run: Python files, and entries that send for some.
+
+    Raises:
+        InputError: it is no folder; llama.cpp's converter reads nothing else.
+    """
+    if not model.is_dir():
+        raise InputError(f"{model} is not a folder; llama.cpp's converter reads checkpoints only.")
     found = sorted(path.name for path in model.glob("*.py"))
     for name in ("config.json", "tokenizer_config.json"):
         if read_optional_object(model / name).get("auto_map"):
@@ -179,9 +185,10 @@ def _run(command: Sequence[str], what: str) -> None:
     """Run a program that downloads or installs; its last lines explain a failure."""
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
     if done.returncode:
-        raise NetworkError(
+        full = "No space left" in done.stderr
+        raise (CapacityError if full else NetworkError)(
             f"{what} could not be installed: {_last_line(done.stderr or done.stdout)}",
-            "Check the network and the disk, then run the command again; it goes on where it was.",
+            f"{'Free some space' if full else 'Check the network'}, then run the command again.",
         )
 
 
@@ -201,8 +208,6 @@ def convert_upstream(model: Path, output: Path, kind: str, progress: Progress | 
     Raises:
         InputError: it cannot convert the model; the sentence holds its last line.
     """
-    if not model.is_dir():
-        raise InputError(f"{model} is not a folder; llama.cpp's converter reads checkpoints only.")
     check_outputs([(output, sum(path.stat().st_size for path in model.glob("*.safetensors")))], model.glob("*"))
     target = environment()
     partial = output.parent / f".{output.name}.{os.getpid()}.partial"
@@ -212,15 +217,22 @@ def convert_upstream(model: Path, output: Path, kind: str, progress: Progress | 
     with _locked(output), _removed(partial):
         report = progress or (lambda done, total, label: None)
         report(0, 100, "llama.cpp's converter")
-        with subprocess.Popen(
-            [*words, str(model.resolve())],
-            env=variables,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-        ) as child:
+        try:
+            process = subprocess.Popen(
+                [*words, str(model.resolve())],
+                env=variables,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+            )
+        except OSError as error:
+            raise FileError(
+                f"{target.python} cannot be run: {error.strerror or error}.",
+                f"Set {PYTHON_VARIABLE} to a Python that has torch and transformers, or leave it unset.",
+            ) from error
+        with process as child:
             last = ""
             try:
                 for line in child.stderr or ():

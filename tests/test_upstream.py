@@ -13,7 +13,7 @@ import pytest
 
 from localmix import upstream
 from localmix.convert import describe
-from localmix.errors import InputError, UsageError
+from localmix.errors import FileError, InputError, UsageError
 from tests.commands import CommandLine
 from tests.model_families import write_model
 
@@ -113,8 +113,32 @@ def test_archive_that_is_not_the_pinned_one(archive: Path, monkeypatch: pytest.M
     assert not upstream.environment().ready
 
 
+def test_python_that_is_none(archive: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    upstream.make(upstream.environment())
+    monkeypatch.setenv(upstream.PYTHON_VARIABLE, str(tmp_path / "absent"))
+    with pytest.raises(FileError, match="absent cannot be run: No such file") as caught:
+        upstream.convert_upstream(model, tmp_path / "made.gguf", "f32")
+    assert upstream.PYTHON_VARIABLE in caught.value.hint
+
+
+def test_interrupted(archive: Path, model: Path, tmp_path: Path) -> None:
+    """What stops the run stops the converter too, and leaves nothing."""
+    upstream.make(upstream.environment())
+
+    def stop(done: int, total: int, label: str) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        upstream.convert_upstream(model, tmp_path / "made.gguf", "f32", stop)
+    assert not list(tmp_path.glob("*.gguf")) and not list(tmp_path.glob(".*partial"))
+    upstream.convert_upstream(model, tmp_path / "made.gguf", "f32")  # the lock is free again
+
+
 def test_code_that_a_checkpoint_brings(model: Path) -> None:
     assert upstream.brings_code(model) == []
+    with pytest.raises(InputError, match="is not a folder"):
+        upstream.brings_code(model / "config.json")
     (model / "modeling_x.py").write_text("")
     (model / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": "x.X"}}))
     assert upstream.brings_code(model) == ["modeling_x.py", "auto_map in tokenizer_config.json"]

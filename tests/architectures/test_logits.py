@@ -17,6 +17,7 @@ from localmix.native.library import api
 from localmix.native.model import Context, Model
 from localmix.plan import Planner
 from localmix.presets import load_presets
+from localmix.quantize import quantize
 from localmix.sources.open import open_source
 from tests.architectures.record_logits import LOGITS, POSITIONS, STRIDE, TOKENS, compute
 from tests.model_families import CONFIGS, config_of, write_model
@@ -61,6 +62,14 @@ def test_same_logits_as_transformers(tmp_path: Path, model: str) -> None:
     found = (vectors_of if model == "bert" else logits_of)(tmp_path / "model.gguf")
     difference = np.abs(found - np.array(RECORDED[model]))
     assert difference.max() < 2e-2
+
+
+@pytest.mark.parametrize("model", CONFIGS)
+def test_quantized_straight_from_the_checkpoint(tmp_path: Path, model: str) -> None:
+    """Four bits cost what they cost: rows in a wrong place would cost all."""
+    quantize(write_model(tmp_path / "model", model), [(load_presets().find("Q4_K_M"), tmp_path / "q.gguf")], threads=1)
+    found, expected = (vectors_of if model == "bert" else logits_of)(tmp_path / "q.gguf"), np.array(RECORDED[model])
+    assert np.sqrt(np.mean((found - expected) ** 2)) < 0.35 * expected.std()
 
 
 @pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")

@@ -14,7 +14,8 @@ from tokenizers import pre_tokenizers
 from localmix.errors import InputError
 from localmix.native.model import Model
 from localmix.sources.tokenizers import read_tokenizer
-from tests.checkpoints import TOKENIZER
+from tests.checkpoints import TOKENIZER, edit_json
+from tests.commands import CommandLine
 from tests.small_tokenizers import (
     SPECIAL,
     TEXT,
@@ -168,6 +169,17 @@ def test_name_given_by_hand(folder: Path) -> None:
         read(folder, document)
     assert str(folder) in caught.value.message
     assert read(folder, document, pre="smollm")["pre"] == "smollm"
+
+
+def test_name_on_the_command_line(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", gpt2())
+    edit_json(tmp_path / "model" / "tokenizer.json", change("pre_tokenizer", {"type": "Whitespace"}))
+    localmix = CommandLine(tmp_path / "home", tmp_path)
+    assert "localmix convert --pre NAME" in localmix.fails("convert", "model", expect=3)
+    assert "no pre-tokenizer 'spiral'" in localmix.fails("convert", "model", "--pre", "spiral", expect=2)
+    made = localmix("convert", "model", "--pre", "smollm", "--json").json["path"]
+    with Model(Path(made), vocabulary_only=True) as loaded:
+        assert loaded.metadata("tokenizer.ggml.pre") == "smollm"
 
 
 def change(path: str, value: Any) -> Callable[[dict[str, Any]], None]:

@@ -9,10 +9,12 @@ from pathlib import Path
 
 from localmix.errors import InputError, UsageError
 from localmix.native.devices import default_threads
-from localmix.plan import Plan, Planner, check_quantizable
-from localmix.presets import load_presets
+from localmix.native.mixture import file_type
+from localmix.plan import COPY, Plan, Planner, check_quantizable
+from localmix.presets import Preset, load_presets
 from localmix.sources.adapter import Lora
 from localmix.sources.base import Source
+from localmix.sources.gguf import GGUFFile
 from localmix.sources.open import open_source
 from localmix.stream import Progress, write_outputs
 from localmix.tensor_types import FLOAT_TYPES
@@ -39,13 +41,44 @@ def weight_type(source: Source) -> str:
     Raises:
         InputError: most are quantized.
     """
-    weights: Counter[str] = Counter()
-    for tensor in source.tensors:
-        weights[tensor.type.name] += tensor.elements
-    name = weights.most_common(1)[0][0]
+    name = _most_weights(source)
     if name not in {kind.name for kind in FLOAT_TYPES}:
         raise InputError(f"{source.path} is already quantized ({name}).", "Convert the checkpoint it came from.")
     return name
+
+
+def _most_weights(source: Source) -> str:
+    weights: Counter[str] = Counter()
+    for tensor in source.tensors:
+        weights[tensor.type.name] += tensor.elements
+    return weights.most_common(1)[0][0]
+
+
+def conversion_preset(source: Source, kind: str = "auto") -> Preset:
+    """What `convert` makes of a source: `BF16`, `F16` or `F32`.
+
+    With `auto` a GGUF file that is repaired (see `GGUFFile.repairs`) keeps every weight's type, quantized ones too.
+
+    Raises:
+        UsageError: the type is not one of `TYPES`.
+        InputError: the source is quantized, and there is nothing to repair.
+    """
+    if kind.lower() not in TYPES:
+        raise UsageError(f"{kind!r} is no type to convert to.", f"One of {', '.join(TYPES)}.")
+    if kind.lower() != "auto":
+        return load_presets().find(kind)
+    if isinstance(source, GGUFFile) and source.repairs:
+        return Preset(_type_of_file(source), COPY)
+    return load_presets().find(weight_type(source))
+
+
+def _type_of_file(source: Source) -> str:
+    """The type that a GGUF file says it has; that of most weights when it says nothing that is known."""
+    number = source.get("general.file_type")
+    for name, preset in load_presets().presets.items():
+        if preset.base == name != COPY and file_type(name) == number:
+            return name
+    return _most_weights(source)
 
 
 def plan_conversion(source: Source, kind: str = "auto") -> Plan:
@@ -53,12 +86,9 @@ def plan_conversion(source: Source, kind: str = "auto") -> Plan:
 
     Raises:
         UsageError: the type is not one of `TYPES`.
-        InputError: the source is quantized, or llama.cpp does not know the model.
+        InputError: the source is quantized (see `conversion_preset`), or llama.cpp does not know the model.
     """
-    if kind.lower() not in TYPES:
-        raise UsageError(f"{kind!r} is no type to convert to.", f"One of {', '.join(TYPES)}.")
-    name = weight_type(source) if kind.lower() == "auto" else kind.upper()
-    plan = Planner(source).plan(load_presets().find(name))
+    plan = Planner(source).plan(conversion_preset(source, kind))
     check_quantizable(plan, source)
     return plan
 

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from gguf.constants import GGUFValueType as ValueType
 
@@ -22,6 +22,7 @@ from localmix.tensor_types import BLOCKS, TensorType, fits, row_bytes
 
 MAGIC = b"GGUF"
 VERSION = 3
+OLDEST_LOADED = 2  # llama.cpp reads no older version
 ALIGNMENT = "general.alignment"
 DEFAULT_ALIGNMENT = 32
 MAX_DIMENSIONS = 4  # ggml.h, GGML_MAX_DIMS
@@ -44,6 +45,32 @@ _SCALARS: Mapping[ValueType, str] = {
 }
 
 
+# What llama.cpp's models were before GGUF, by the first four bytes.
+_BEFORE_GGUF = (b"lmgg", b"fmgg", b"tjgg", b"algg")
+
+# ggml.h: types that came and went, and what holds such weights now.
+_REMOVED_TYPES: Mapping[int, str] = {
+    4: "Q4_2",
+    5: "Q4_3",
+    31: "Q4_0_4_4, which is Q4_0 since November 2024",
+    32: "Q4_0_4_8, which is Q4_0 since November 2024",
+    33: "Q4_0_8_8, which is Q4_0 since November 2024",
+    36: "IQ4_NL_4_4, which is IQ4_NL since November 2024",
+    37: "IQ4_NL_4_8, which is IQ4_NL since November 2024",
+    38: "IQ4_NL_8_8, which is IQ4_NL since November 2024",
+}
+
+
+class ReadableFile(Protocol):
+    """What the head is read from: a file, or one that lies in pieces."""
+
+    path: Path
+    size: int
+
+    def read(self, offset: int, length: int) -> bytes:
+        """`length` bytes from `offset` on."""
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """A tensor and where its bytes lie, counted from the start of the file."""
@@ -55,11 +82,17 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Header:
-    """Everything in a GGUF file before the weights."""
+    """Everything in a GGUF file before the weights.
+
+    Attributes:
+        end: where the last tensor ends; a file may be padded beyond it.
+    """
 
     metadata: dict[str, MetaValue]
     tensors: tuple[StoredTensor, ...]
     data_offset: int
+    end: int
+    version: int
 
 
 def padded(size: int, alignment: int = DEFAULT_ALIGNMENT) -> int:
@@ -133,7 +166,7 @@ def encode_header(metadata: Mapping[str, MetaValue], tensors: Sequence[TensorInf
 class _Cursor:
     """Reads forward through a file, never past its end nor past the largest sensible header."""
 
-    def __init__(self, file: PositionalFile) -> None:
+    def __init__(self, file: ReadableFile) -> None:
         self._file = file
         self._path = file.path
         self._size = min(file.size, MAX_HEADER_BYTES)
@@ -141,6 +174,7 @@ class _Cursor:
         self._start = 0  # file offset of the window
         self._at = 0  # place in the window
         self.what = "header"  # the thing being read, for messages
+        self.word = "Q"  # of counts and lengths; version 1 has them in 32 bits
 
     @property
     def position(self) -> int:
@@ -149,6 +183,10 @@ class _Cursor:
     @property
     def remaining(self) -> int:
         return self._size - self.position
+
+    @property
+    def word_bytes(self) -> int:
+        return struct.calcsize("<" + self.word)
 
     def fail(self, reason: str) -> InputError:
         return InputError(
@@ -172,11 +210,11 @@ class _Cursor:
         return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
 
     def string(self) -> str:
-        return self.take(self.number("Q")).decode("utf-8", "surrogateescape")
+        return self.take(self.number(self.word)).decode("utf-8", "surrogateescape")
 
     def count(self, smallest: int, limit: int = MAX_ARRAY_ITEMS) -> int:
-        """A 64-bit count of items that take at least `smallest` bytes each."""
-        declared: int = self.number("Q")
+        """A count of items that take at least `smallest` bytes each."""
+        declared: int = self.number(self.word)
         if declared * smallest > self.remaining or declared > limit:
             raise self.fail(f"its {self.what} declares {declared:,} items, more than the file can hold")
         return declared
@@ -188,7 +226,7 @@ class _Cursor:
         item_type = self._value_type()
         if item_type == ValueType.ARRAY:
             raise self.fail(f"{self.what} is an array of arrays")
-        smallest = 8 if item_type == ValueType.STRING else struct.calcsize("<" + _SCALARS[item_type])
+        smallest = self.word_bytes if item_type == ValueType.STRING else struct.calcsize("<" + _SCALARS[item_type])
         return MetaValue(kind, self._items(item_type, self.count(smallest)), item_type)
 
     def _value_type(self) -> ValueType:
@@ -227,11 +265,13 @@ def _read_tensor(cursor: _Cursor) -> tuple[TensorInfo, int]:
     dimensions = cursor.number("I")
     if not 1 <= dimensions <= MAX_DIMENSIONS:
         raise cursor.fail(f"{cursor.what} has {dimensions} dimensions, 1 to {MAX_DIMENSIONS} are allowed")
-    shape = struct.unpack(f"<{dimensions}Q", cursor.take(8 * dimensions))[::-1]
+    shape = struct.unpack(f"<{dimensions}{cursor.word}", cursor.take(cursor.word_bytes * dimensions))[::-1]
     number = cursor.number("I")
     try:
         kind = TensorType(number)
     except ValueError:
+        if number in _REMOVED_TYPES:
+            raise cursor.fail(f"{cursor.what} is {_REMOVED_TYPES[number]}: no llama.cpp of today reads it") from None
         raise cursor.fail(f"{cursor.what} has the unknown type {number}") from None
     if math.prod(shape) == 0 or math.prod(shape) >= 1 << 63 or not fits(kind, shape[-1]):
         raise cursor.fail(
@@ -244,29 +284,38 @@ def read_header(path: Path) -> Header:
     """Read and check the head of a GGUF file; costs no more memory than the head itself has bytes.
 
     Raises:
-        InputError: the file is no GGUF file nor a regular file at all, is of an old version, or contradicts itself.
+        InputError: the file is no GGUF file nor a regular file at all, or contradicts itself.
         FileError: the file cannot be opened.
     """
     file = PositionalFile(path)
     try:
-        return _read_header(_Cursor(file), file.size)
+        return read_header_of(file)
     finally:
         file.close()
 
 
-def _read_header(cursor: _Cursor, size: int) -> Header:
+def read_header_of(file: ReadableFile) -> Header:
+    """As `read_header`, of a file that is open already."""
+    cursor, size = _Cursor(file), file.size
     magic = cursor.take(4) if cursor.remaining >= 4 else b""
     if magic == bytes(4):
         raise cursor.fail("it starts with zeros, as a file does whose writing was interrupted")
+    if magic in _BEFORE_GGUF:
+        raise InputError(
+            f"{file.path} is a GGML file of before August 2023, which knows too little of its model.",
+            "Convert the checkpoint that it was made from.",
+        )
     if magic != MAGIC:
         raise cursor.fail(f"it starts with {magic!r} instead of {MAGIC!r}")
     version = cursor.number("I")
-    if version not in (2, 3):
+    if version not in (1, 2, 3):
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
-        what = f"big-endian (version {swapped})" if swapped in (2, 3) else f"of version {version}"
-        raise cursor.fail(f"it is {what}, and 2 and 3 are known")
-    tensor_count = cursor.count(smallest=8 + 4 + 8 + 4 + 8)
-    metadata = _read_metadata(cursor, cursor.count(smallest=8 + 4 + 1))
+        what = f"big-endian (version {swapped})" if swapped in (1, 2, 3) else f"of version {version}"
+        raise cursor.fail(f"it is {what}, and 1 to 3 are known")
+    cursor.word = "I" if version == 1 else "Q"
+    word = cursor.word_bytes
+    tensor_count = cursor.count(smallest=word + 4 + word + 4 + 8)
+    metadata = _read_metadata(cursor, cursor.count(smallest=word + 4 + 1))
     alignment = metadata.get(ALIGNMENT)
     align = DEFAULT_ALIGNMENT if alignment is None else alignment.value
     if not isinstance(align, int) or not 1 <= align <= 1 << 16 or align & (align - 1):
@@ -292,4 +341,4 @@ def _read_header(cursor: _Cursor, size: int) -> Header:
         end, before = tensor.offset + tensor.bytes, what
         if end > size:
             raise cursor.fail(f"{what} ends at byte {end:,}, but the file has {size:,}: it is incomplete")
-    return Header(metadata, tensors, start)
+    return Header(metadata, tensors, start, end, version)

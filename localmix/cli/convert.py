@@ -37,6 +37,7 @@ from localmix.errors import UsageError
     "localmix convert examples/tinymix",
     "localmix convert ~/models/Mixtral-8x7B-v0.1 -o mixtral.gguf --type f16",
     "localmix convert ~/models/falcon-7b --upstream",
+    "localmix convert mixtral-8x7b.Q4_K_M.gguf-split-a",
 )
 def command(
     model: str | None,
@@ -53,12 +54,15 @@ def command(
     SRC is a Hugging Face folder with safetensors files, its config and its tokenizer. The weights stay as
     they are; nothing that the checkpoint brings is executed.
 
+    SRC may also be a GGUF file that llama.cpp no longer reads: one with a tensor for each expert (before April
+    2024), one in pieces (model.gguf-split-a and on), or one of version 1. It is written anew with the same weights.
+
     What localmix does not know, llama.cpp's own converter may: --upstream runs it. It needs torch, which is
     installed beside it at the first use, and it may run Python code that a checkpoint brings. Both are asked
     about; --yes answers. LOCALMIX_UPSTREAM_PYTHON names a Python that has torch and transformers already.
     """
     from localmix import library
-    from localmix.convert import convert, describe, weight_type
+    from localmix.convert import conversion_preset, convert, describe
     from localmix.sources.open import open_source
     from localmix.table import size
     from localmix.upstream import convert_upstream, plain_type
@@ -75,7 +79,7 @@ def command(
             name = kind.upper()
         else:
             with open_source(path, pre=pre) as source:
-                name = weight_type(source) if kind == "auto" else kind.upper()
+                name = conversion_preset(source, kind).name
         if output is None:
             output = library.output_path(path, name)
         else:

@@ -137,9 +137,7 @@ class Model:
             reason = _reason(lines)
             if any(words in reason for words in NO_MEMORY):
                 raise CapacityError(f"{path.name} does not fit into memory: {reason}.", SMALLER)
-            raise InputError(
-                f"llama.cpp cannot load {path.name}: {reason}.", f"Look at it with `localmix info {path}`."
-            )
+            raise InputError(f"llama.cpp cannot load {path.name}: {reason}.", _next_step(reason, path))
         self.path = path
         self._vocab = llama.llama_model_get_vocab(self._handle)
         self.vocabulary = Vocabulary(
@@ -702,6 +700,15 @@ def _text(call: Callable[[Any, int], int]) -> str | None:
         buffer = ctypes.create_string_buffer(length + 1)
         length = call(buffer, len(buffer))
     return buffer.raw[:length].decode("utf-8", "replace") if length >= 0 else None
+
+
+def _next_step(reason: str, path: Path) -> str:
+    """What to do with a file that cannot be loaded."""
+    experts_apart = "_exps." in reason and "not found" in reason
+    in_pieces = "invalid magic" in reason and path.suffix != ".gguf"
+    if experts_apart or in_pieces or "no longer supported" in reason:
+        return f"It may be of an older llama.cpp, or in pieces: `localmix convert {path}` mends that."
+    return f"Look at it with `localmix info {path}`."
 
 
 def _reason(lines: list[str]) -> str:

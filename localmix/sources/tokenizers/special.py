@@ -1,6 +1,7 @@
 """Special tokens: their ids, and which of them are put around a text.
 
-What wins over what is llama.cpp's converter's choice (gguf-py, `SpecialVocab`), so that both write the same.
+What wins over what is llama.cpp's converter's choice (gguf-py, `SpecialVocab`), so that both write the same, but for
+one thing: there a ByteLevel step, which every byte-level tokenizer has, overrules `add_bos_token` (DeepSeek).
 """
 
 from __future__ import annotations
@@ -142,10 +143,7 @@ def _processors(block: Any) -> list[Mapping[str, Any]]:
 def _apply_processor(step: Mapping[str, Any], texts: dict[str, str], added: dict[str, bool]) -> None:
     """Let one step of the post_processor say what is put around a text, and which tokens those are."""
     kind = step.get("type")
-    if kind == "ByteLevel":
-        added.setdefault("bos", False)
-        added.setdefault("eos", False)
-    elif kind == "RobertaProcessing":
+    if kind == "RobertaProcessing":
         added |= dict.fromkeys(_ADD_KEYS, True)
         for name in ("cls", "sep"):
             pair = step.get(name)

@@ -283,6 +283,17 @@ def test_odd_processors_change_nothing(folder: Path) -> None:
         assert read(folder, json.dumps(document), 600)["add_bos_token"] is False
 
 
+def test_flags_say_what_is_put_around_a_text(folder: Path) -> None:
+    document = gpt2()
+    document["post_processor"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False}
+    assert [read(folder, document)[f"add_{kind}_token"] for kind in ("bos", "eos")] == [False, False]
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": SPECIAL[0], "add_bos_token": True}))
+    assert [read(folder, document)[f"add_{kind}_token"] for kind in ("bos", "eos")] == [True, False]
+    (folder / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": True}))
+    with pytest.raises(InputError, match="a bos token is put around a text, but nothing says which"):
+        read(folder, document)
+
+
 def test_roberta_puts_tokens_around_a_text(folder: Path) -> None:
     document = gpt2()
     document["post_processor"] = {"type": "RobertaProcessing", "cls": [SPECIAL[0], 0], "sep": [SPECIAL[1], 1]}

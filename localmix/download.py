@@ -330,6 +330,24 @@ def _read_note(download: Download) -> tuple[int, str]:
     return 0, ""
 
 
+def seed(download: Download, head: bytes) -> None:
+    """Begin a file with its first bytes, which came already; nothing is done if more of it has.
+
+    Raises:
+        FileError, CapacityError: they cannot be written.
+    """
+    if not head or _read_note(download)[0]:
+        return
+    try:
+        download.note.unlink(missing_ok=True)
+        download.partial.unlink(missing_ok=True)
+        download.partial.write_bytes(head)
+        note = {"checksum": download.file.checksum, "bytes": len(head), "etag": ""}
+        download.note.write_text(json.dumps(note), "utf-8")
+    except OSError as error:
+        raise _disk_error(error, download.path) from error
+
+
 def checksum_of(path: Path, file: HubFile) -> tuple[bool, str]:
     """Whether a file is the one that the hub has, and its SHA-256 in hex.
 

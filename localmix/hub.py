@@ -36,7 +36,7 @@ _BESIDE_A_CHECKPOINT = ("additional_chat_templates/*.jinja",)
 _SECOND_COPIES = ("consolidated*", "optimizer*", "*.fp16.*", "*.fp32.*")
 
 # Seconds: until the first byte of an answer, and of silence in the middle of one.
-TIMEOUT = 30.0
+TIMEOUT = 15.0
 # A request that fails is made again after so many seconds, then after twice as many, and so on.
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
 ATTEMPTS = 8

@@ -184,6 +184,10 @@ def split_name(path: Path) -> tuple[str, str]:
     so that any name of a type can be told there.
     """
     absolute = Path(os.path.abspath(path))  # not resolve(): the name that the user gave counts, not the link's
+    if ".gguf" in absolute.name and absolute.suffix != ".gguf":
+        from localmix.sources.joined import whole_name
+
+        absolute = absolute.with_name(whole_name(absolute.name))
     name = _PART_SUFFIX.sub("", absolute.name).removesuffix(".gguf") or "model"
     if absolute.suffix != ".gguf":
         return name, ""
@@ -388,13 +392,12 @@ def output_path(source: Path, kind: str) -> Path:
     return home() / name / f"{name}-{kind}.gguf"
 
 
-def repository_output_path(repository: str, kind: str) -> Path:
-    """Where the library files a repository of the hub in type `kind`.
+def repository_output_path(name: str, repository: str, kind: str) -> Path:
+    """Where the library files a model of the hub in type `kind`.
 
     Raises:
         UsageError: the library holds another model of that name.
     """
-    name = clean_name(repository.rpartition("/")[2])
     check_repository(name, repository)
     return home() / name / f"{name}-{kind}.gguf"
 

@@ -18,10 +18,14 @@ from types import TracebackType
 import filelock
 import platformdirs
 
-from localmix.errors import CapacityError, FileError, LocalmixError, UsageError
+from localmix.errors import CapacityError, FileError, LocalmixError, NetworkError, UsageError
 
 # O_NOFOLLOW: a link in the place of a partial file must not lead the bytes elsewhere
 _OPEN_FLAGS = getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+
+
+# What stops a run without anything being wrong with the model.
+RESUMABLE = (KeyboardInterrupt, NetworkError, CapacityError, FileError)
 
 
 def file_error(error: OSError, path: Path, action: str) -> LocalmixError:
@@ -46,6 +50,8 @@ class OutputFile:
         size: bytes of the finished file, reserved at once so that a full disk shows before the work; 0 when
             it is not known yet.
         fingerprint: identifies what is written; a partial file of another fingerprint is swept.
+        resumable: leave the partial file and its journal after what `RESUMABLE` names, too: what was made of a
+            download is dear.
 
     Attributes:
         done: numbers of the slices that an earlier, killed run already placed.
@@ -55,8 +61,9 @@ class OutputFile:
         CapacityError: the disk is too small.
     """
 
-    def __init__(self, path: Path, size: int, fingerprint: str = "") -> None:
+    def __init__(self, path: Path, size: int, fingerprint: str = "", *, resumable: bool = False) -> None:
         self.path = path
+        self._resumable = resumable
         self.size = size
         self._fingerprint = fingerprint
         self._partial = path.with_name(f".{path.name}.partial")
@@ -189,6 +196,9 @@ class OutputFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._close()
+        if self._resumable and isinstance(error, RESUMABLE) and self._read_journal():
+            self._lock.release()
+            return
         with contextlib.suppress(OSError):  # the first error, if there is one, is the one to tell
             self._sweep()
         self._lock.release()
@@ -217,12 +227,15 @@ def write_atomically(path: Path, data: bytes) -> None:
         output.commit()
 
 
-def check_outputs(outputs: Sequence[tuple[Path, int]], inputs: Iterable[Path]) -> None:
+def check_outputs(
+    outputs: Sequence[tuple[Path, int]], inputs: Iterable[Path], staged: Sequence[tuple[Path, int]] = ()
+) -> None:
     """Refuse before any work: outputs that are an input, that collide, whose folder is missing, or that do not fit.
 
     Args:
         outputs: final paths with the bytes each will take.
         inputs: files that are read.
+        staged: folders, with the bytes of other files that will be in each for a while.
 
     Raises:
         UsageError: an output is one of the inputs (by path, symlink or hard link) or given twice.
@@ -251,11 +264,15 @@ def check_outputs(outputs: Sequence[tuple[Path, int]], inputs: Iterable[Path]) -
         _check_kind(path)
         device = folder.stat().st_dev
         needed[device] = folder, needed.get(device, (folder, 0))[1] + size - _already_taken(path)
+    for folder, size in staged:
+        device = folder.stat().st_dev
+        needed[device] = folder, needed.get(device, (folder, 0))[1] + size
     for folder, size in needed.values():
         free = shutil.disk_usage(folder).free
         if size > free:
             raise CapacityError(
-                f"{folder} has {free / 2**30:.2f} GiB free, and the output takes {size / 2**30:.2f} GiB.",
+                f"{folder} has {free / 2**30:.2f} GiB free, and the output takes"
+                f" {size / 2**30:.2f} GiB{' with the shards on their way' if staged else ''}.",
                 "Free some space, or choose another folder with -o.",
             )
 

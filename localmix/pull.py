@@ -172,22 +172,17 @@ def _made(folder: Path) -> Iterator[None]:
 
 def _fill(repository: Repository, places: Sequence[Place], progress: Progress | None) -> list[PulledFile]:
     """Fetch what is not there, and note what is."""
-    records = {found.folder: read_record(found.folder) for found in places}
     results: dict[Path, PulledFile] = {}
     missing: dict[Path, Place] = {}
 
     def note(found: Place, sha256: str, fetched: bool) -> None:
+        note_pulled(repository, found, sha256)
         file = found.file
-        modified = found.path.stat().st_mtime_ns
-        records[found.folder][found.inside] = Pulled(
-            repository.name, repository.commit, file.name, file.bytes, file.checksum, sha256, modified
-        )
-        write_record(found.folder, records[found.folder])
         results[found.path] = PulledFile(file.name, found.path, file.bytes, sha256, fetched)
 
     for found in places:
         _stay_inside(found)
-        sha256 = known_sha256(found, records[found.folder].get(found.inside))
+        sha256 = known_sha256(found)
         if sha256:
             note(found, sha256, False)
         else:
@@ -204,8 +199,19 @@ def _fill(repository: Repository, places: Sequence[Place], progress: Progress | 
     return [results[found.path] for found in places]
 
 
-def known_sha256(found: Place, pulled: Pulled | None) -> str:
+def note_pulled(repository: Repository, found: Place, sha256: str) -> None:
+    """Note that a file is in its place and was checked."""
+    file = found.file
+    record = read_record(found.folder)
+    modified = found.path.stat().st_mtime_ns
+    pulled = Pulled(repository.name, repository.commit, file.name, file.bytes, file.checksum, sha256, modified)
+    if record.get(found.inside) != pulled:
+        write_record(found.folder, {**record, found.inside: pulled})
+
+
+def known_sha256(found: Place) -> str:
     """The SHA-256 of a file that is there and is the one that the hub has; else empty."""
+    pulled = read_record(found.folder).get(found.inside)
     if (
         pulled is not None
         and pulled.checksum == found.file.checksum

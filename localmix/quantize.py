@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from localmix.errors import UsageError
 from localmix.gguf_format import ALIGNMENT, DEFAULT_ALIGNMENT
@@ -17,6 +18,9 @@ from localmix.sources.adapter import Lora
 from localmix.sources.base import MetaValue, Source, boolean, f32, text, u32
 from localmix.sources.open import open_source
 from localmix.stream import Progress, write_outputs
+
+if TYPE_CHECKING:
+    from localmix.arrivals import Arrivals
 
 LARGEST_F32 = (2 - 2**-23) * 2.0**127
 
@@ -169,6 +173,7 @@ def quantize(
     threads: int | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
+    arrivals: Arrivals | None = None,
 ) -> Quantized:
     """Quantize a checkpoint or a BF16, F16 or F32 GGUF file to one or more types in one pass.
 
@@ -185,6 +190,7 @@ def quantize(
         threads: defaults to the cores at hand.
         dry_run: plan and check only.
         progress: called with (weights done, weights in all, tensor's name).
+        arrivals: brings the model's files one after the other.
 
     Raises:
         LocalmixError: see `sources.open`, `plan`, `importance` and `stream`.
@@ -212,6 +218,7 @@ def quantize(
                 importance,
                 threads=threads or default_threads(),
                 progress=progress,
+                arrivals=arrivals,
             )
     summaries = tuple(_summary(plan, path) for plan, path in zip(plans, paths, strict=True))
     return Quantized(summaries, time.monotonic() - started, tuple(notes), importance)

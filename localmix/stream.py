@@ -5,27 +5,33 @@ What is done is noted in a journal beside each output every few seconds, so that
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import threading
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from localmix import __version__
-from localmix.errors import InputError
+from localmix.errors import InputError, LocalmixError
 from localmix.importance import Importance
 from localmix.native.kernels import dequantize_rows, quantize_rows
-from localmix.output import OutputFile, check_outputs
+from localmix.output import RESUMABLE, OutputFile, check_outputs
 from localmix.plan import Plan, PlannedTensor
 from localmix.sources.base import Source, TensorInfo
+from localmix.sources.positional import identity, note_reads
 from localmix.tensor_types import FLOAT_TYPES, TensorType, widen
+
+if TYPE_CHECKING:
+    from localmix.arrivals import Arrivals
 
 Progress = Callable[[int, int, str], None]
 
@@ -68,8 +74,7 @@ def _fingerprint(source: Source, plan: Plan, importance: Importance | None) -> s
     for header in plan.headers:
         digest.update(header)
     for path in source.files():
-        status = path.stat()
-        digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode())
+        digest.update(identity(path).encode())
     if importance is not None:
         digest.update(bytes([importance.fill_with_ones]))
         for name, entry in sorted(importance.entries.items()):
@@ -87,10 +92,12 @@ def write_outputs(
     threads: int,
     progress: Progress | None = None,
     journal_seconds: float = JOURNAL_SECONDS,
+    arrivals: Arrivals | None = None,
 ) -> None:
     """Write one file for each plan, reading and widening each weight once.
 
-    All files appear together at the end, or none does. The same call after a kill makes only what is missing.
+    All files appear together at the end, or none does. The same call after a kill makes only what is missing; with
+    `arrivals` also after any other stop that is no fault of the model.
 
     Args:
         outputs: plans of this source, each with its final path.
@@ -98,6 +105,7 @@ def write_outputs(
         threads: slices in work at once.
         progress: called with (weights done, weights in all, tensor's name).
         journal_seconds: how often what is done is made durable and noted.
+        arrivals: brings the source's files one after the other.
 
     Raises:
         InputError: NaN or Inf in the source (the tensor and the place are named), a value that F16 cannot hold,
@@ -109,6 +117,7 @@ def write_outputs(
     check_outputs(
         [part for plan, path in outputs for part in zip(plan.paths(path), plan.part_bytes, strict=True)],
         source.files(),
+        [(folder, arrivals.largest_bytes) for folder in arrivals.folders] if arrivals else (),
     )
     with ExitStack() as stack:
         targets: list[_Target] = []
@@ -116,7 +125,7 @@ def write_outputs(
             fingerprint = _fingerprint(source, plan, importance)
             files = []
             for part, size, header in zip(plan.paths(path), plan.part_bytes, plan.headers, strict=True):
-                file = stack.enter_context(OutputFile(part, size, fingerprint))
+                file = stack.enter_context(OutputFile(part, size, fingerprint, resumable=arrivals is not None))
                 file.write(0, header)
                 files.append(file)
             targets.append(_Target(plan.tensors, files))
@@ -124,7 +133,8 @@ def write_outputs(
         all_files = [file for target in targets for file in target.files]
         done = {part.number for part in slices if all(target.holds(part) for target in targets)}
         with _Journal(all_files, done, journal_seconds) as journal:
-            _run(_SliceWorker(source, targets, importance), slices, journal, threads, progress)
+            feed = _Feed(source, [part for part in slices if part.number not in done], arrivals)
+            _run(_SliceWorker(source, targets, importance), slices, feed, journal, threads, progress)
         source.check_unchanged()
         for file in all_files:
             file.settle()
@@ -153,16 +163,22 @@ class _Journal:
         self._stop = threading.Event()
         self._error: BaseException | None = None
         self.done = done  # what all outputs have
+        self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._keep_on, name="journal", daemon=True)
 
     def _keep_on(self) -> None:
         try:
             while not self._stop.wait(self._seconds):
-                done = self.done.copy()
-                for file in self._files:
-                    file.keep(done | file.done)
+                self.note()
         except BaseException as error:  # told by the thread that waits for the slices
             self._error = error
+
+    def note(self) -> None:
+        """Make what is done durable, and note it; in one thread at a time, so that no note is older than the last."""
+        with self._lock:
+            done = self.done.copy()
+            for file in self._files:
+                file.keep(done | file.done)
 
     def check(self) -> None:
         """Raise what went wrong while keeping the journal: a full or broken disk."""
@@ -270,9 +286,78 @@ def _check_half(
         )
 
 
+class _Feed:
+    """The slices that are still to be made, in an order in which the files of the source may come.
+
+    Args:
+        todo: the slices.
+        arrivals: brings the files; None when all are here.
+    """
+
+    def __init__(self, source: Source, todo: Sequence[_Slice], arrivals: Arrivals | None) -> None:
+        self._arrivals = arrivals
+        self._todo = deque(todo)
+        self._needs: dict[int, frozenset[Path]] = {}
+        self._users: Counter[Path] = Counter()
+        if arrivals is None:
+            return
+        place = {path: number for number, path in enumerate(source.files())}
+        for part in todo:
+            needs = _files_of(source, part)
+            self._needs[part.number] = needs
+            self._users.update(needs)
+        last = {number: max((place[path] for path in needs), default=-1) for number, needs in self._needs.items()}
+        self._todo = deque(sorted(todo, key=lambda part: last[part.number]))
+        arrivals.begin(sorted(self._users, key=place.__getitem__))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is left to be handed out."""
+        return not self._todo
+
+    @property
+    def label(self) -> str:
+        """What is waited for."""
+        return self._arrivals.label if self._arrivals else ""
+
+    def next(self) -> _Slice | None:
+        """A slice that can be made now."""
+        if not self._todo:
+            return None
+        if self._arrivals and not self._arrivals.are_here(self._needs[self._todo[0].number]):
+            return None
+        return self._todo.popleft()
+
+    def wait(self) -> None:
+        """Wait for the files of the next slice; nothing is being made meanwhile."""
+        assert self._arrivals is not None
+        self._arrivals.widen()
+        self._arrivals.wait(0.2)
+
+    def finish(self, part: _Slice, journal: _Journal) -> None:
+        """A slice was made: files that no other needs can go, once its bytes are safe."""
+        needs = self._needs.get(part.number, frozenset())
+        self._users.subtract(needs)
+        unused = [path for path in needs if not self._users[path]]
+        if unused and self._arrivals:
+            journal.note()
+            for path in unused:
+                self._arrivals.release(path)
+
+
+def _files_of(source: Source, part: _Slice) -> frozenset[Path]:
+    """The files that a slice comes from, as far as they are not here: those of its first and its last row."""
+    info = source.tensors[part.tensor]
+    with note_reads() as found:
+        source.read(info, part.start, part.start + 1)
+        source.read(info, part.stop - 1, part.stop)
+    return frozenset(found)
+
+
 def _run(
     worker: _SliceWorker,
     slices: Sequence[_Slice],
+    feed: _Feed,
     journal: _Journal,
     threads: int,
     progress: Progress | None,
@@ -284,14 +369,19 @@ def _run(
         (part.stop - part.start) * source.tensors[part.tensor].columns for part in slices if part.number in journal.done
     )
     waiting: dict[Future[int], _Slice] = {}
-    todo = (part for part in slices if part.number not in journal.done)
     with ThreadPoolExecutor(threads, thread_name_prefix="quantize") as pool:
         try:
             while True:
-                while len(waiting) < 2 * threads and (part := next(todo, None)) is not None:
+                while len(waiting) < 2 * threads and (part := feed.next()) is not None:
                     waiting[pool.submit(worker, part)] = part
-                if not waiting:
+                if not waiting and feed.is_empty:
                     return
+                if not waiting:
+                    if progress is not None:
+                        progress(done, total, feed.label)
+                    feed.wait()
+                    journal.check()
+                    continue
                 # a timeout lets Ctrl-C through on Windows, where a wait for ever is deaf
                 finished, _ = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
                 journal.check()
@@ -299,8 +389,12 @@ def _run(
                     part = waiting.pop(future)
                     done += future.result()
                     journal.done.add(part.number)
+                    feed.finish(part, journal)
                     if progress is not None:
                         progress(done, total, source.tensors[part.tensor].name)
-        except BaseException:
+        except BaseException as error:
             pool.shutdown(wait=True, cancel_futures=True)
+            if feed.label and isinstance(error, RESUMABLE):
+                with contextlib.suppress(LocalmixError):  # the first error is the one to tell
+                    journal.note()
             raise

@@ -45,11 +45,12 @@ def located(console: Console, wanted: str | None, *purposes: library.Purpose) ->
     from localmix.errors import InputError, LocalmixError
 
     if wanted is not None and library.find_repository(wanted):
-        from localmix.sources.remote import heads
+        from localmix.sources.remote import find_remote, heads
         from localmix.table import size
 
         console.status(f"Reading the heads of the files of {wanted} …")
-        with heads(wanted, for_quantizing=library.Purpose.SOURCE in purposes) as found:
+        remote = find_remote(wanted, for_quantizing=library.Purpose.SOURCE in purposes)
+        with heads(remote) as found:
             console.status()
             count = len(found.remote.weights)
             console.note(

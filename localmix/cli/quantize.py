@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ from localmix.cli.parameters import (
 
 if TYPE_CHECKING:
     from localmix.presets import Preset, Presets
+    from localmix.sources.remote import Remote
 
 
 @click.command()
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Weigh experts that no calibration token reached as llama.cpp does, instead of by the others' mean.",
 )
+@click.option("--keep", is_flag=True, help="Keep a checkpoint that comes from the hub, as `localmix pull` does.")
 @click.option("--dry-run", is_flag=True, help="Check and show what would be written.")
 @click.option("--list", "show_list", is_flag=True, help="Show all types with what they cost on Mixtral-8x7B.")
 @presets_option
@@ -73,6 +76,7 @@ if TYPE_CHECKING:
     "localmix quantize chinese-mixtral tinymix",
     "localmix quantize Q4_K tinymix --tensor-type attn_v=Q8_0 -o tinymix-custom.gguf",
     "localmix quantize Q8_0 ~/models/Mixtral-8x7B-v0.1 --split-max-size 20GiB -o /mnt/usb",
+    "localmix quantize Q4_K mistralai/Mixtral-8x7B-v0.1",
     "localmix quantize --list",
 )
 def command(
@@ -89,6 +93,7 @@ def command(
     overrides: tuple[str, ...],
     allow_requantize: bool,
     upstream_imatrix: bool,
+    keep: bool,
     dry_run: bool,
     show_list: bool,
     presets_file: Path | None,
@@ -99,11 +104,17 @@ def command(
 
     SRC is a checkpoint folder or a GGUF file in BF16, F16 or F32. Q3_K, Q4_K and Q5_K mean the _M mixture.
     A run that was killed goes on where it was when the same command is given again.
+
+    SRC may be a model of the hub, such as mistralai/Mixtral-8x7B-v0.1: its shards are quantized as they come and
+    deleted, so that the disk needs room for the outputs and two shards. The library's importance matrix is not
+    used then; name one with --imatrix.
     """
     from localmix import library
+    from localmix.arrivals import arriving, arriving_name
     from localmix.errors import UsageError
     from localmix.presets import load_presets
     from localmix.quantize import parse_override, parse_rule, quantize
+    from localmix.sources.remote import heads
     from localmix.table import Column, Table, number, size, size_unit
 
     console = Console(json)
@@ -116,7 +127,10 @@ def command(
     names = parse_types(types, known)
     if imatrix is not None and no_imatrix:
         raise UsageError("--imatrix and --no-imatrix contradict each other.")
-    path = library.resolve(model, library.Purpose.SOURCE)
+    remote = _find_remote(model)
+    if keep and remote is None:
+        raise UsageError("--keep is for a model that comes from the hub.")
+    path = library.resolve(model, library.Purpose.SOURCE) if remote is None else Path(arriving_name(remote))
     if output is not None and len(names) > 1 and not output.is_dir():
         raise UsageError(
             f"{len(names)} types make {len(names)} files, and {output} is not a folder.",
@@ -125,11 +139,24 @@ def command(
     if split_max_size is not None and output is None:
         raise UsageError("The model library holds whole files.", "Name a file or a folder for the parts with -o.")
     presets = [_changed(known.find(name), output_type, embedding_type, pure) for name in names]
-    outputs = [(preset, _output(path, output, preset.name)) for preset in presets]
-    if imatrix is None and not no_imatrix and any(preset.imatrix != "unused" for preset in presets):
+    outputs = [(preset, _output(path, remote, output, preset.name)) for preset in presets]
+    if imatrix is None and not no_imatrix and remote is None and any(preset.imatrix != "unused" for preset in presets):
         imatrix = library.find_imatrix(path)
-    room = nullcontext() if dry_run else library.room_for(outputs[0][1])
-    with room, console.progress(WEIGHTS) as progress:
+    with ExitStack() as stack:
+        if not dry_run:
+            stack.enter_context(library.room_for(outputs[0][1]))
+        arrivals = None
+        if remote is not None:
+            stack.callback(console.status)
+            console.status(f"Reading the heads of the files of {model} …")
+        if remote is not None and dry_run:
+            path = stack.enter_context(heads(remote)).path
+        elif remote is not None:
+            stack.enter_context(_stopped_politely())
+            coming = stack.enter_context(arriving(remote, outputs[0][1].parent, keep=keep))
+            path, arrivals = coming.path, coming.arrivals
+        console.status()
+        progress = stack.enter_context(console.progress(WEIGHTS))
         quantized = quantize(
             path,
             outputs,
@@ -142,9 +169,11 @@ def command(
             threads=threads,
             dry_run=dry_run,
             progress=progress,
+            arrivals=arrivals,
         )
     if not dry_run:
-        library.remember([summary.path for summary in quantized.outputs], source=path)
+        repository = remote.repository.name if remote is not None else ""
+        library.remember([summary.path for summary in quantized.outputs], source=path, repository=repository)
 
     importance = quantized.importance
     if importance is not None:
@@ -191,9 +220,33 @@ def command(
     console.result(document, draw)
 
 
-def _output(source: Path, output: Path | None, kind: str) -> Path:
+def _find_remote(model: str | None) -> Remote | None:
+    """The model of the hub that is named, if it is one."""
     from localmix import library
 
+    if model is None or not library.find_repository(model):
+        return None
+    from localmix.sources.remote import find_remote
+
+    return find_remote(model, for_quantizing=True)
+
+
+@contextmanager
+def _stopped_politely() -> Iterator[None]:
+    """After Ctrl-C while shards come: what to do."""
+    from localmix.errors import Interrupted
+
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        raise Interrupted("Stopped; what is done stays.", "The same command goes on from there.") from stopped
+
+
+def _output(source: Path, remote: Remote | None, output: Path | None, kind: str) -> Path:
+    from localmix import library
+
+    if output is None and remote is not None:
+        return library.repository_output_path(source.name, remote.repository.name, kind)
     if output is None:
         return library.output_path(source, kind)
     return output / f"{library.model_name(source)}-{kind}.gguf" if output.is_dir() else output

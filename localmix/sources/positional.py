@@ -76,6 +76,19 @@ def write_stand_in(path: Path, size: int, identity: str, head: bytes) -> None:
     os.replace(fresh, path)
 
 
+def read_head(path: Path) -> bytes:
+    """The head in a stand-in; nothing of another file.
+
+    Raises:
+        InputError, FileError: as `PositionalFile`.
+    """
+    file = PositionalFile(path)
+    try:
+        return file.read(0, file.head_bytes)
+    finally:
+        file.close()
+
+
 def _read_stand_in(descriptor: int, size: int) -> _StandIn | None:
     """What a file says if it is a stand-in, else None."""
     data = os.read(descriptor, len(_STAND_IN))
@@ -217,6 +230,11 @@ class PositionalFile:
             raise InputError(
                 f"{self.path} changed while it was read.", "Run the command again when nothing writes to it."
             )
+
+    @property
+    def head_bytes(self) -> int:
+        """How much of the file is in its stand-in; 0 when this is none."""
+        return self._stand_in.head if self._stand_in else 0
 
     @property
     def identity(self) -> str:

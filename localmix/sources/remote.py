@@ -1,7 +1,7 @@
 """Models on the hub as sources that can be planned: the heads of their files, and the small files whole.
 
-A folder of stand-ins (see `positional`) is opened like any other model. What is read is bounded: a quarter of a
-megabyte of each file, more where its head is longer, and the configuration and tokenizer.
+A folder of stand-ins (see `positional`) is opened like any other model. What is read is bounded: 64 KiB of each
+file, more where its head is longer, and the configuration and tokenizer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from localmix.hub import HubFile, Repository, gguf_type, look_up, parse_name, re
 from localmix.sources.documents import DOCUMENT_LIMIT
 from localmix.sources.positional import NotHere, identity, write_stand_in
 
-_FIRST_BYTES = 1 << 18
+_FIRST_BYTES = 1 << 16
 _HEAD_LIMIT = 128 << 20  # a safetensors header may have 32 MiB, a GGUF head with its vocabulary rarely 20
 _CONNECTIONS = 8
 _WEIGHTS = (".safetensors", ".gguf")
@@ -96,13 +96,13 @@ class Heads:
 
 
 @contextmanager
-def heads(text: str, *, for_quantizing: bool = False) -> Iterator[Heads]:
+def heads(remote: Remote) -> Iterator[Heads]:
     """The heads of a model of the hub, for as long as the block runs.
 
     Raises:
-        LocalmixError: see `find_remote`; FileError, CapacityError: the folder for temporary files refuses.
+        NetworkError: a head does not come.
+        FileError, CapacityError: the folder for temporary files refuses.
     """
-    remote = find_remote(text, for_quantizing=for_quantizing)
     with tempfile.TemporaryDirectory(prefix="localmix-", ignore_cleanup_errors=True) as temporary:
         folder = Path(temporary) / library.clean_name(remote.repository.model)
         folder.mkdir()

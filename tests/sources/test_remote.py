@@ -14,7 +14,7 @@ from localmix.presets import load_presets
 from localmix.sources import remote
 from localmix.sources.open import open_source
 from localmix.sources.positional import ARRIVED, NotHere, PositionalFile, identity, note_reads, write_stand_in
-from localmix.sources.remote import heads
+from localmix.sources.remote import find_remote, heads
 from tests.checkpoints import Shape, write_checkpoint
 from tests.hub_server import Hub, point_to, serve
 
@@ -46,7 +46,7 @@ def same_plan(path: Path, other: Path) -> bool:
 
 
 def test_the_plan_is_that_of_the_checkpoint(served: Hub, checkpoint: Path) -> None:
-    with heads(NAME) as found:
+    with heads(find_remote(NAME)) as found:
         assert same_plan(found.path, checkpoint)
         assert found.bytes >= sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
         with open_source(found.path) as source, pytest.raises(NotHere, match=r"Only the head .* was fetched"):
@@ -61,21 +61,21 @@ def test_the_plan_is_that_of_the_checkpoint(served: Hub, checkpoint: Path) -> No
 
 def test_dropped_connections_and_a_server_without_ranges(served: Hub, checkpoint: Path) -> None:
     served.drops["model-00002-of-00003.safetensors"] = [100, 200, 300]
-    with heads(NAME) as found:
+    with heads(find_remote(NAME)) as found:
         assert same_plan(found.path, checkpoint)
     served.with_ranges = False
-    with heads(NAME) as found:
+    with heads(find_remote(NAME)) as found:
         assert same_plan(found.path, checkpoint)
 
 
 def test_a_gguf_file_is_planned_from_its_head(served: Hub, random_model: Path) -> None:
     content = random_model.read_bytes()
     served.repositories["org/cat-GGUF"] = {"cat-BF16.gguf": content, "cat-Q4_0.gguf": content}
-    with heads("org/cat-GGUF:BF16") as found:
+    with heads(find_remote("org/cat-GGUF:BF16")) as found:
         assert same_plan(found.path, random_model)
-    with pytest.raises(UsageError, match="several GGUF files"), heads("org/cat-GGUF"):
+    with pytest.raises(UsageError, match="several GGUF files"), heads(find_remote("org/cat-GGUF")):
         pass
-    with heads("org/cat-GGUF", for_quantizing=True) as found:
+    with heads(find_remote("org/cat-GGUF", for_quantizing=True)) as found:
         assert found.path.name == "cat-BF16.gguf"
 
 
@@ -83,14 +83,17 @@ def test_broken_heads_are_told_by_what_opens_them(served: Hub) -> None:
     for content in (b"\xff" * 20_000, (1 << 40).to_bytes(8, "little") + bytes(20_000), b"\x10" + bytes(9000)):
         served.repositories["org/bad"] = {**served.repositories[NAME]}
         served.repositories["org/bad"]["model-00001-of-00003.safetensors"] = content
-        with heads("org/bad") as found, pytest.raises(InputError, match=r"model-00001.*: the header|not credible"):
+        with (
+            heads(find_remote("org/bad")) as found,
+            pytest.raises(InputError, match=r"model-00001.*: the header|not credible"),
+        ):
             open_source(found.path)
 
 
 def test_a_name_that_is_nowhere(served: Hub) -> None:
     with (
         pytest.raises(NetworkError, match=r"There is no file or folder org/none here\. The hub has no model"),
-        heads("org/none"),
+        heads(find_remote("org/none")),
     ):
         pass
 
@@ -100,7 +103,7 @@ def test_a_small_file_that_is_all_head_is_checked(served: Hub, monkeypatch: pyte
     name = "model-00002-of-00003.safetensors"
     content = served.repositories[NAME][name]
     served.damage[name] = content[:-1] + bytes([content[-1] ^ 1])
-    with pytest.raises(NetworkError, match="came with the wrong content"), heads(NAME):
+    with pytest.raises(NetworkError, match="came with the wrong content"), heads(find_remote(NAME)):
         pass
 
 

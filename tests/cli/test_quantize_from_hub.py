@@ -1,0 +1,103 @@
+"""`localmix quantize TYPE REPO` as a user runs it, from a small hub on this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoints import Shape, write_checkpoint
+from tests.commands import CommandLine
+from tests.hub_server import Hub, serve
+
+NAME = "org/fox"
+SHARDS = 12
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Hub]:
+    shape = Shape(hidden=256, feed_forward=256, layers=4, shards=SHARDS)
+    write_checkpoint(tmp_path / "served" / "fox", shape)
+    with serve() as hub:
+        hub.add(NAME, tmp_path / "served" / "fox")
+        yield hub
+
+
+@pytest.fixture
+def localmix(empty: CommandLine, served: Hub) -> CommandLine:
+    return dataclasses.replace(empty, variables=served.variables)
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def expected(localmix: CommandLine, folder: Path) -> str:
+    """What quantizing from the disk gives."""
+    here = folder / "here.gguf"
+    localmix("quantize", "Q4_K", folder / "served" / "fox", "-o", here)
+    return sha256(here)
+
+
+def whole_shards(served: Hub) -> set[str]:
+    """Shards that were sent in full."""
+    files = served.repositories[NAME]
+    return {name for name, count in served.sent.items() if name.startswith("model-") and count >= len(files[name])}
+
+
+def begun_shards(served: Hub) -> set[str]:
+    """Shards of which more than a head was sent."""
+    return {name for name, count in served.sent.items() if name.startswith("model-") and count > 2 << 16}
+
+
+def wait_for(served: Hub, count: int) -> None:
+    deadline = time.monotonic() + 30
+    while len(whole_shards(served)) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_goes_on(localmix: CommandLine, served: Hub, sent: signal.Signals, tmp_path: Path) -> None:
+    served.bytes_per_second = 3_000_000
+    run = localmix.popen("quantize", "Q4_K", NAME)
+    wait_for(served, 6)
+    run.send_signal(sent)
+    _, err = run.communicate(timeout=30)
+    assert run.returncode == (-signal.SIGKILL if sent == signal.SIGKILL else 130)
+    assert sent == signal.SIGKILL or "The same command goes on from there." in err
+    assert "Traceback" not in err
+    done = whole_shards(served)
+    served.bytes_per_second = 0
+    served.sent.clear()
+    made = localmix("quantize", "Q4_K", NAME, "--json").json
+    # the two that were on the disk, of which one may be fetched to its end
+    assert len(done & begun_shards(served)) <= 1
+    assert sha256(Path(made["outputs"][0]["path"])) == expected(localmix, tmp_path)
+    assert sorted(path.name for path in (localmix.home / "fox").iterdir()) == ["fox-Q4_K_M.gguf"]
+
+
+def test_what_the_library_says_of_it_afterwards(localmix: CommandLine, served: Hub) -> None:
+    localmix("quantize", "Q4_K", NAME, "--dry-run")
+    assert not (localmix.home / "fox").exists()
+    assert begun_shards(served) == set()
+    localmix("quantize", "Q8_0", NAME)
+    assert "org/fox" in localmix.fails("quantize", "Q4_K", "fox", expect=3)
+    assert [row["name"] for row in localmix("ls", "--json").json["models"]] == ["fox"]
+    localmix("quantize", "Q4_K", NAME, "--keep")
+    localmix("quantize", "Q2_K", "fox")
+    served.repositories["other/fox"] = served.repositories[NAME]
+    assert "made from org/fox" in localmix.fails("quantize", "Q4_K", "other/fox", expect=2)
+    localmix.fails("quantize", "Q4_K", "fox", "--keep", expect=2)
+    localmix("rm", "fox", "--yes")
+    assert not (localmix.home / "fox").exists()
+
+
+def test_a_missing_folder_is_not_made(localmix: CommandLine, served: Hub, tmp_path: Path) -> None:
+    assert "mkdir" in localmix.fails("quantize", "Q4_K", NAME, "-o", tmp_path / "none" / "x.gguf", expect=5)
+    assert not (tmp_path / "none").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -114,11 +115,19 @@ def _keys() -> KeyBindings:
     return keys
 
 
+class _KeptHistory(FileHistory):
+    """A file of what was typed; what a full disk has no room for is known until the end of the run."""
+
+    def store_string(self, string: str) -> None:
+        with contextlib.suppress(OSError):
+            super().store_string(string)
+
+
 def _history(file: Path) -> History:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch(mode=0o600)
-        return FileHistory(str(file))
+        return _KeptHistory(str(file))
     except OSError:  # a read-only home: then without
         return InMemoryHistory()
 

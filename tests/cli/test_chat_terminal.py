@@ -35,9 +35,9 @@ def terminal(localmix: CommandLine) -> Iterator[Terminal]:
 def restored(terminal: Terminal) -> Iterator[Terminal]:
     """A terminal that has to be as it was when the test is through with it."""
     with terminal:
-        terminal.type("stty -a | cksum > before")
+        terminal.type("stty -g > before")
         yield terminal
-        terminal.type("stty -a | cksum > after; cmp before after && echo restored-it")
+        terminal.type("stty -g > after; cmp before after && echo restored-it")
         terminal.wait("restored-it", times=2)
 
 
@@ -187,7 +187,7 @@ def test_a_killed_chat_costs_no_turn(terminal: Terminal, localmix: CommandLine) 
     terminal.wait("> Two")
     terminal.type("/quit")
     terminal.wait("code=0")
-    terminal.type("stty -a | cksum > before")
+    terminal.type("stty -g > before")
 
 
 def test_commands_change_the_conversation(terminal: Terminal, localmix: CommandLine) -> None:

@@ -20,15 +20,18 @@ EVENTS: tuple[Event, ...] = (Dropped(4), Piece("Hi\x1b"), Piece("[2J **you**"), 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_the_second_ctrl_c_is_the_programs() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    with (
-        Engine(Path("none.gguf"), EngineSettings()) as engine,
-        pytest.raises(KeyboardInterrupt),
-        stop_on_interrupt(engine),
-    ):
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a shell it is ignored
+    try:
+        with (
+            Engine(Path("none.gguf"), EngineSettings()) as engine,
+            pytest.raises(KeyboardInterrupt),
+            stop_on_interrupt(engine),
+        ):
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_pipe_gets_the_text_and_stderr_the_rest(capsys: pytest.CaptureFixture[str]) -> None:

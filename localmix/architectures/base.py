@@ -151,6 +151,7 @@ class TensorRule:
         stored: names of the dimensions in the checkpoint, where they differ.
         blocks: dimension that counts the blocks which `rearrange` works on.
         rearrange: makes rows of the GGUF tensor from blocks of stored rows.
+        turn: (0, 2) for the first of every two stored rows, where two tensors lie in one by turns.
         shift: added to every value; only for tensors that are F32.
     """
 
@@ -164,6 +165,7 @@ class TensorRule:
     stored: tuple[str, ...] = ()
     blocks: str = ""
     rearrange: Rearrange | None = None
+    turn: tuple[int, int] = (0, 1)
     shift: float = 0.0
 
 
@@ -178,6 +180,7 @@ class ExpectedTensor:
         source: checkpoint name; `{expert}` stands for the number of the expert in a stacked tensor.
         blocks: number of blocks of rows that are rearranged; 0 keeps the rows as they are.
         rearrange: makes GGUF rows of blocks of stored rows, `[blocks, rows, columns]`.
+        turn: which of how many stored rows is taken.
         required: a checkpoint without it is incomplete.
         float32: always F32 in the GGUF file.
         shift: added to every value.
@@ -190,6 +193,7 @@ class ExpectedTensor:
     source: str
     blocks: int
     rearrange: Callable[[npt.NDArray[Any]], npt.NDArray[Any]] | None
+    turn: tuple[int, int]
     required: bool
     float32: bool
     shift: float
@@ -365,6 +369,7 @@ def _expand(rule: TensorRule, settings: Settings, lengths: Mapping[str, int], la
         source=source,
         blocks=blocks,
         rearrange=(lambda rows: rearrange(rows, lengths)) if rearrange is not None else None,
+        turn=rule.turn,
         shift=rule.shift,
         required=rule.presence is Presence.ALWAYS or (rule.presence is Presence.UNLESS_TIED and not tied),
         float32=rule.float32 or len(shape) < 2,

@@ -34,14 +34,6 @@ from localmix.sources.base import u32
 _NAME = "gpt-oss"
 
 
-def _gate(blocks: npt.NDArray[Any], lengths: Mapping[str, int]) -> npt.NDArray[Any]:
-    return blocks[:, ::2]
-
-
-def _up(blocks: npt.NDArray[Any], lengths: Mapping[str, int]) -> npt.NDArray[Any]:
-    return blocks[:, 1::2]
-
-
 def _transposed(blocks: npt.NDArray[Any], lengths: Mapping[str, int]) -> npt.NDArray[Any]:
     return np.ascontiguousarray(blocks.swapaxes(1, 2))
 
@@ -85,10 +77,11 @@ def _experts(
 
 
 _INNER, _OUTER = ("feed_forward", "hidden"), ("hidden", "feed_forward")
+_BOTH = ("gate_up", "hidden")
 
 _EXPERTS = (
-    _experts("gate_up_proj_blocks", "ffn_gate_exps.weight", _INNER, ("gate_up", "hidden"), _gate, applies=_is_packed),
-    _experts("gate_up_proj_blocks", "ffn_up_exps.weight", _INNER, ("gate_up", "hidden"), _up, applies=_is_packed),
+    _experts("gate_up_proj_blocks", "ffn_gate_exps.weight", _INNER, _BOTH, None, turn=(0, 2), applies=_is_packed),
+    _experts("gate_up_proj_blocks", "ffn_up_exps.weight", _INNER, _BOTH, None, turn=(1, 2), applies=_is_packed),
     _experts("down_proj_blocks", "ffn_down_exps.weight", _OUTER, _OUTER, None, applies=_is_packed),
     _experts("gate_up_proj", "ffn_gate_exps.weight", _INNER, ("hidden", "gate_up"), _gate_transposed, applies=_is_wide),
     _experts("gate_up_proj", "ffn_up_exps.weight", _INNER, ("hidden", "gate_up"), _up_transposed, applies=_is_wide),

@@ -18,6 +18,7 @@ COMPLETION_VARIABLE = "_LOCALMIX_COMPLETE"
 COMMANDS: Mapping[str, str] = {
     "pull": "Fetch a model of the Hugging Face hub, and check it.",
     "convert": "Make a GGUF file from a checkpoint folder.",
+    "merge": "Write a checkpoint with LoRA adapters merged into it.",
     "plan": "Show size, bits per weight and memory need of each type, before anything is written.",
     "fit": "Show which types of a model fit into memory, with which context.",
     "imatrix": "Measure which weights matter, on a calibration text.",

@@ -100,6 +100,13 @@ markdown_option = click.option("--markdown", is_flag=True, help="The table as Ma
 threads_option = click.option(
     "--threads", type=click.IntRange(1, 512), help="Threads to use; the physical cores by default."
 )
+lora_option = click.option(
+    "--lora",
+    "loras",
+    multiple=True,
+    metavar="DIR[=SCALE]",
+    help="Merge a LoRA adapter, with SCALE so much of it; may be given several times.",
+)
 presets_option = click.option(
     "--presets", "presets_file", type=FILE, metavar="FILE", help="Take types and sets from this file instead."
 )

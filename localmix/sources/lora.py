@@ -120,7 +120,11 @@ def _place_whole(overlay: _Overlay, adapter: Adapter, rename: Callable[[str], st
             if not tied:
                 homeless.append(tensor.name)
                 continue
-        elif base.shape[1:] != tensor.shape[1:] or (base.shape != tensor.shape and not _is_vocabulary(name)):
+        elif (
+            not tensor.shape
+            or base.shape[1:] != tensor.shape[1:]
+            or (base.shape != tensor.shape and not has_vocabulary_rows(name))
+        ):
             raise _other_base(overlay, adapter, tensor.name, f"has the shape {list(tensor.shape)}", name, base)
         if adapter.scale != 1:
             raise UsageError(
@@ -136,7 +140,8 @@ def _place_whole(overlay: _Overlay, adapter: Adapter, rename: Callable[[str], st
         )
 
 
-def _is_vocabulary(name: str) -> bool:
+def has_vocabulary_rows(name: str) -> bool:
+    """Whether a tensor of this name has a row for each token of the vocabulary: the embedding or the output."""
     return f".{name}".endswith((f".{EMBEDDING}", f".{HEAD}"))
 
 
@@ -154,7 +159,7 @@ def _place(overlay: _Overlay, adapter: Adapter, module: AdapterModule, rename: C
     if a is None or b is None:
         held = next(iter(module.roles.values())).name
         raise InputError(f"{adapter.path} holds {shown(held)}, but not the other tensors of that module.")
-    if len(a.shape) < 2 or len(b.shape) < 2:
+    if min(len(a.shape), len(b.shape)) < 2 or 0 in (*a.shape, *b.shape):
         raise InputError(
             f"{adapter.path}: {shown(a.name)} and {shown(b.name)} are no matrices.", "Save the adapter again, gathered."
         )

@@ -30,6 +30,7 @@ STATES_LIMIT = 4 * 2**30  # bytes of all states together
 
 _SUFFIX = ".json"
 _STATE_SUFFIX = ".kv"
+_NAME_BYTES = 200  # of the 255 that file systems allow, less what locks and partial files add
 _NAME = re.compile(r"[^\W_][\w.+ -]{0,99}", re.UNICODE)
 # Windows takes them for devices, whatever their suffix
 _DEVICES = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.IGNORECASE)
@@ -75,10 +76,16 @@ def path_of(name: str) -> Path:
     Raises:
         UsageError: the name is no safe name for a file.
     """
-    if not _NAME.fullmatch(name) or name.endswith((".", " ")) or _DEVICES.fullmatch(name):
+    if (
+        not _NAME.fullmatch(name)
+        or name.endswith((".", " "))
+        or _DEVICES.fullmatch(name)
+        or len(name.encode("utf-8", "replace")) > _NAME_BYTES
+    ):
         raise UsageError(
             f"{name!r} cannot be the name of a session.",
-            "Use letters, digits, spaces and . + - _, at most 100 of them, beginning with a letter or a digit.",
+            "Use letters, digits, spaces and . + - _, at most 100 of them (66 Chinese ones), beginning with a letter"
+            " or a digit.",
         )
     return folder() / f"{name}{_SUFFIX}"
 
@@ -219,7 +226,7 @@ def _session(name: str, document: Mapping[str, Any]) -> Session:
         dropped=min(max(dropped, 0), len(turns)) if isinstance(dropped, int) else 0,
         turns=tuple({"role": turn["role"], "content": turn["content"]} for turn in turns),
         sampling={key: value for key, value in sampling.items() if value is None or _is_number(value)},
-        limit=limit if isinstance(limit, int) and limit > 0 else None,
+        limit=limit if _is_number(limit) and isinstance(limit, int) and limit > 0 else None,
         **texts,
     )
 
@@ -283,6 +290,8 @@ def rename(old: str, new: str) -> None:
 def limit_states(keep: str = "", limit: int = STATES_LIMIT) -> list[Path]:
     """Delete the oldest KV states until all together take no more than `limit` bytes; texts stay.
 
+    What a chat that was killed in the middle of writing left of one counts too.
+
     Args:
         keep: the session whose state is deleted last.
 
@@ -291,7 +300,7 @@ def limit_states(keep: str = "", limit: int = STATES_LIMIT) -> list[Path]:
     """
     states = []
     with contextlib.suppress(OSError):
-        for path in folder().glob(f"*{_STATE_SUFFIX}"):
+        for path in [*folder().glob(f"*{_STATE_SUFFIX}"), *folder().glob(f".*{_STATE_SUFFIX}.partial")]:
             with contextlib.suppress(OSError):  # another chat deleted it
                 status = path.stat()
                 states.append((path.name == f"{keep}{_STATE_SUFFIX}", status.st_mtime_ns, status.st_size, path))

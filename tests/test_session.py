@@ -45,7 +45,7 @@ def test_conversations_are_private() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["", ".", "..", "../x", "a/b", "a\\b", "/x", ".x", "con", "NUL.txt", "a.", "a ", "a\0b", "a\nb", "C:x", "x" * 101],
+    ["", ".", "..", "../x", "a/b", "a\\b", "/x", ".x", "con", "NUL.txt", "a.", "a ", "a\0b", "a\nb", "C:x", "x" * 101, "名" * 67],
 )
 def test_names_that_are_no_file_names(name: str) -> None:
     with pytest.raises(UsageError, match="cannot be the name"):
@@ -101,7 +101,7 @@ def test_a_damaged_session_is_named_and_passed_over(data: bytes) -> None:
 
 def test_odd_values_fall_back() -> None:
     session.folder().mkdir()
-    data = damaged(limit=-3, dropped=99, sampling={"temperature": "hot", "top_k": 3, "x": float("nan")})
+    data = damaged(limit=True, dropped=99, sampling={"temperature": "hot", "top_k": 3, "x": float("nan")})
     session.path_of("odd").write_bytes(data)
     found = session.read("odd")
     assert (found.limit, found.dropped, found.sampling) == (None, 2, {"top_k": 3})
@@ -174,6 +174,10 @@ def test_the_oldest_states_go_first_and_texts_stay() -> None:
         session.write(Session(name, turns=TURNS))
         session.state_path(name).write_bytes(bytes(100))
         os.utime(session.state_path(name), (1000 + age, 1000 + age))
+    interrupted = session.folder() / ".d.kv.partial"  # of a chat that was killed
+    interrupted.write_bytes(bytes(100))
+    os.utime(interrupted, (999, 999))
+    assert session.limit_states(keep="a", limit=300) == [interrupted]
     assert session.limit_states(keep="a", limit=200) == [session.state_path("b")]
     assert session.limit_states(keep="a", limit=100) == [session.state_path("c")]
     assert session.limit_states(keep="a", limit=10) == [session.state_path("a")]

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from localmix.errors import InputError, UsageError
 from localmix.native.devices import default_threads
@@ -18,6 +19,9 @@ from localmix.sources.gguf import GGUFFile
 from localmix.sources.open import open_source
 from localmix.stream import Progress, write_outputs
 from localmix.tensor_types import FLOAT_TYPES
+
+if TYPE_CHECKING:
+    from localmix.arrivals import Arrivals
 
 TYPES = ("auto", "bf16", "f16", "f32")
 
@@ -102,6 +106,7 @@ def convert(
     loras: Sequence[Lora] = (),
     threads: int | None = None,
     progress: Progress | None = None,
+    arrivals: Arrivals | None = None,
 ) -> Converted:
     """Write a model as one GGUF file in BF16, F16 or F32.
 
@@ -113,13 +118,15 @@ def convert(
         loras: adapters that are merged into the weights.
         threads: defaults to the cores at hand.
         progress: called with (weights done, weights in all, tensor's name).
+        arrivals: brings the model's files one after the other.
 
     Raises:
         LocalmixError: see `sources.open`, `plan` and `stream`.
     """
+    threads = threads or default_threads()
     with open_source(model, pre=pre, loras=loras) as source:
         plan = plan_conversion(source, kind)
-        write_outputs(source, [(plan, output)], threads=threads or default_threads(), progress=progress)
+        write_outputs(source, [(plan, output)], threads=threads, progress=progress, arrivals=arrivals)
         return Converted(
             output,
             source.architecture,

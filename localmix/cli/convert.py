@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from localmix.cli.console import WEIGHTS, Console
 from localmix.cli.parameters import FILE, MODEL, examples, json_option, threads_option
 from localmix.errors import UsageError
+
+if TYPE_CHECKING:
+    from localmix.convert import Converted
+    from localmix.sources.remote import Remote
 
 
 @click.command()
@@ -30,6 +35,7 @@ from localmix.errors import UsageError
     is_flag=True,
     help="Use llama.cpp's converter, in an environment of its own that is made at the first use.",
 )
+@click.option("--keep", is_flag=True, help="Keep a checkpoint that comes from the hub, as `localmix pull` does.")
 @click.option("--yes", is_flag=True, help="With --upstream: install what it needs, and run what a checkpoint brings.")
 @threads_option
 @json_option
@@ -37,6 +43,7 @@ from localmix.errors import UsageError
     "localmix convert examples/tinymix",
     "localmix convert ~/models/Mixtral-8x7B-v0.1 -o mixtral.gguf --type f16",
     "localmix convert ~/models/falcon-7b --upstream",
+    "localmix convert mistralai/Mixtral-8x7B-v0.1",
     "localmix convert mixtral-8x7b.Q4_K_M.gguf-split-a",
 )
 def command(
@@ -45,6 +52,7 @@ def command(
     kind: str,
     pre: str | None,
     upstream: bool,
+    keep: bool,
     yes: bool,
     threads: int | None,
     json: bool,
@@ -57,17 +65,28 @@ def command(
     SRC may also be a GGUF file that llama.cpp no longer reads: one with a tensor for each expert (before April
     2024), one in pieces (model.gguf-split-a and on), or one of version 1. It is written anew with the same weights.
 
+    SRC may also be a model of the hub, such as mistralai/Mixtral-8x7B-v0.1: its shards are converted as they come
+    and deleted, so that the disk needs room for the output and two shards.
+
     What localmix does not know, llama.cpp's own converter may: --upstream runs it. It needs torch, which is
     installed beside it at the first use, and it may run Python code that a checkpoint brings. Both are asked
     about; --yes answers. LOCALMIX_UPSTREAM_PYTHON names a Python that has torch and transformers already.
     """
     from localmix import library
+    from localmix.cli.model_argument import find_model_of_hub
     from localmix.convert import conversion_preset, convert, describe
     from localmix.sources.open import open_source
-    from localmix.table import size
     from localmix.upstream import convert_upstream, plain_type
 
     console = Console(json)
+    remote = find_model_of_hub(model)
+    if remote is not None and upstream:
+        raise UsageError("--upstream needs the whole checkpoint here.", f"Run `localmix pull {model}` first.")
+    if remote is None and keep:
+        raise UsageError("--keep is for a model that comes from the hub.")
+    if remote is not None:
+        _report(console, _convert_arriving(console, remote, output, kind, pre, keep, threads))
+        return
     path = library.resolve(model, library.Purpose.CHECKPOINT)
     if upstream:
         if pre:
@@ -92,6 +111,45 @@ def command(
         with library.room_for(output), console.progress(WEIGHTS) as progress:
             converted = convert(path, output, kind, pre=pre, threads=threads, progress=progress)
     library.remember([output], source=path)
+    _report(console, converted)
+
+
+def _convert_arriving(
+    console: Console,
+    remote: Remote,
+    output: Path | None,
+    kind: str,
+    pre: str | None,
+    keep: bool,
+    threads: int | None,
+) -> Converted:
+    """Convert a model of the hub while it comes."""
+    from localmix import library
+    from localmix.arrivals import arriving_name
+    from localmix.cli.model_argument import arriving_model
+    from localmix.convert import conversion_preset, convert
+    from localmix.sources.open import open_source
+
+    model, repository = arriving_name(remote), remote.repository.name
+    folder = library.home() / model if output is None else output if output.is_dir() else output.parent
+    with library.room_for(folder / model), arriving_model(console, remote, folder, keep) as coming:
+        if output is None or output.is_dir():
+            with open_source(coming.path, pre=pre) as source:
+                name = conversion_preset(source, kind).name
+            if output is None:
+                output = library.repository_output_path(model, repository, name)
+            else:
+                output = output / f"{model}-{name}.gguf"
+        with console.progress(WEIGHTS) as progress:
+            converted = convert(
+                coming.path, output, kind, pre=pre, threads=threads, progress=progress, arrivals=coming.arrivals
+            )
+    library.remember([output], repository=repository)
+    return converted
+
+
+def _report(console: Console, converted: Converted) -> None:
+    from localmix.table import size
 
     for note in converted.notes:
         console.warn(note)

@@ -1,4 +1,4 @@
-"""What the model argument of `plan`, `fit` and `info` means: something here, or the heads of a model of the hub."""
+"""What a model argument means where it may name a model of the hub: its heads, or its files as they come."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 from localmix import library
 
 if TYPE_CHECKING:
+    from localmix.arrivals import ArrivingModel
     from localmix.cli.console import Console
     from localmix.hub import HubFile
+    from localmix.sources.remote import Remote
 
 
 @dataclass(frozen=True)
@@ -70,3 +72,33 @@ def located(console: Console, wanted: str | None, *purposes: library.Purpose) ->
         return
     path = library.resolve(wanted, purposes[-1])
     yield Located(path, str(path))
+
+
+def find_model_of_hub(wanted: str | None) -> Remote | None:
+    """The model of the hub that is to be read while it comes; None when the argument means something here.
+
+    Raises:
+        LocalmixError: see `sources.remote.find_remote`.
+    """
+    if wanted is None or not library.find_repository(wanted):
+        return None
+    from localmix.sources.remote import find_remote
+
+    return find_remote(wanted, for_quantizing=True)
+
+
+@contextmanager
+def arriving_model(console: Console, remote: Remote, folder: Path, keep: bool) -> Iterator[ArrivingModel]:
+    """`arrivals.arriving`, with words for the wait and for a Ctrl-C."""
+    from localmix.arrivals import arriving
+    from localmix.errors import Interrupted
+
+    console.status(f"Reading the heads of the files of {remote.repository.name} …")
+    try:
+        with arriving(remote, folder, keep=keep) as coming:
+            console.status()
+            yield coming
+    except KeyboardInterrupt as stopped:
+        raise Interrupted("Stopped; what is done stays.", "The same command goes on from there.") from stopped
+    finally:
+        console.status()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -110,7 +109,8 @@ def command(
     used then; name one with --imatrix.
     """
     from localmix import library
-    from localmix.arrivals import arriving, arriving_name
+    from localmix.arrivals import arriving_name
+    from localmix.cli.model_argument import arriving_model, find_model_of_hub
     from localmix.errors import UsageError
     from localmix.presets import load_presets
     from localmix.quantize import parse_override, parse_rule, quantize
@@ -127,7 +127,7 @@ def command(
     names = parse_types(types, known)
     if imatrix is not None and no_imatrix:
         raise UsageError("--imatrix and --no-imatrix contradict each other.")
-    remote = _find_remote(model)
+    remote = find_model_of_hub(model)
     if keep and remote is None:
         raise UsageError("--keep is for a model that comes from the hub.")
     path = library.resolve(model, library.Purpose.SOURCE) if remote is None else Path(arriving_name(remote))
@@ -147,15 +147,11 @@ def command(
             stack.enter_context(library.room_for(outputs[0][1]))
         arrivals = None
         if remote is not None:
-            stack.callback(console.status)
-            console.status(f"Reading the heads of the files of {model} …")
-        if remote is not None and dry_run:
-            path = stack.enter_context(heads(remote)).path
-        elif remote is not None:
-            stack.enter_context(_stopped_politely())
-            coming = stack.enter_context(arriving(remote, outputs[0][1].parent, keep=keep))
-            path, arrivals = coming.path, coming.arrivals
-        console.status()
+            coming = (
+                None if dry_run else stack.enter_context(arriving_model(console, remote, outputs[0][1].parent, keep))
+            )
+            path = stack.enter_context(heads(remote)).path if coming is None else coming.path
+            arrivals = coming.arrivals if coming else None
         progress = stack.enter_context(console.progress(WEIGHTS))
         quantized = quantize(
             path,
@@ -218,28 +214,6 @@ def command(
         },
     }
     console.result(document, draw)
-
-
-def _find_remote(model: str | None) -> Remote | None:
-    """The model of the hub that is named, if it is one."""
-    from localmix import library
-
-    if model is None or not library.find_repository(model):
-        return None
-    from localmix.sources.remote import find_remote
-
-    return find_remote(model, for_quantizing=True)
-
-
-@contextmanager
-def _stopped_politely() -> Iterator[None]:
-    """After Ctrl-C while shards come: what to do."""
-    from localmix.errors import Interrupted
-
-    try:
-        yield
-    except KeyboardInterrupt as stopped:
-        raise Interrupted("Stopped; what is done stays.", "The same command goes on from there.") from stopped
 
 
 def _output(source: Path, remote: Remote | None, output: Path | None, kind: str) -> Path:

@@ -98,6 +98,16 @@ def test_what_the_library_says_of_it_afterwards(localmix: CommandLine, served: H
     assert not (localmix.home / "fox").exists()
 
 
+def test_convert_takes_it_too(localmix: CommandLine, served: Hub, tmp_path: Path) -> None:
+    made = localmix("convert", NAME, "--json").json
+    localmix("convert", tmp_path / "served" / "fox", "-o", tmp_path / "here.gguf")
+    assert made["path"] == str(localmix.home / "fox" / "fox-BF16.gguf")
+    assert sha256(Path(made["path"])) == sha256(tmp_path / "here.gguf")
+    served.repositories["org/cat"] = served.repositories[NAME]
+    assert "localmix pull org/cat" in localmix.fails("convert", "org/cat", "--upstream", expect=2)
+    assert not list((localmix.home / "fox").glob(".*"))
+
+
 def test_a_missing_folder_is_not_made(localmix: CommandLine, served: Hub, tmp_path: Path) -> None:
     assert "mkdir" in localmix.fails("quantize", "Q4_K", NAME, "-o", tmp_path / "none" / "x.gguf", expect=5)
     assert not (tmp_path / "none").exists()

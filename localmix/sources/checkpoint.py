@@ -33,8 +33,10 @@ from localmix.errors import FileError, InputError
 from localmix.sources.adapter import Adapter, Lora, open_adapter, replaces_vocabulary
 from localmix.sources.base import MetaValue, ShapeOnlySource, Source, TensorInfo, f32, text
 from localmix.sources.documents import listed, read_object, read_optional_object, shown
+from localmix.sources.fp8 import widen_fp8
 from localmix.sources.lora import describe, lay_over
 from localmix.sources.mxfp4 import PackedTensor, pack
+from localmix.sources.quantized import Fp8Scheme, read_scheme, unquantized_hint
 from localmix.sources.safetensors import WEIGHT_DTYPES, Shard, StoredTensor, open_shard
 from localmix.sources.tokenizers import has_tokenizer, read_tokenizer
 from localmix.tensor_types import FLOAT_TYPES, TensorType, widen
@@ -44,8 +46,6 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 _DOWNLOAD = "Download the checkpoint again, for example with `hf download REPOSITORY --local-dir FOLDER`."
-
-_UNQUANTIZED = "Take the original checkpoint in bf16, f16 or f32; localmix quantizes it itself."
 
 # Weights that only Python's pickle reads; training_args.bin, optimizer.pt and their like are none.
 _PICKLED = re.compile(r"((pytorch_)?model\b.*|consolidated.*)\.(bin|pt|pth|pkl)|.*\.ckpt")
@@ -207,13 +207,14 @@ def open_checkpoint(path: Path, *, pre: str | None = None, loras: Sequence[Lora]
         raise InputError(f"{path} has no {CONFIG}, so it is not a checkpoint.", _hint_without_config(names))
     config: Mapping[str, Any] = read_object(config_path)
     row = find_architecture(config, config_path)
-    _refuse_quantized_config(config, config_path, row.packed)
+    scheme = read_scheme(config, config_path, row.packed)
     config = row.text_config(config, config_path)
     settings = row.settings(config, config_path)
     notes: list[str] = []
     with ExitStack() as opened:
         shards = open_shards(path, names, opened)
         stored = _collect(path, row, shards, notes)
+        _widen(path, config, scheme, stored, notes)
         adapters = open_adapters(path, loras, shards, opened)
         if adapters:
             stored = lay_over(path, stored, adapters, row.rename)
@@ -286,16 +287,6 @@ def _hint_without_config(names: set[str]) -> str:
     if any(name.endswith(".gguf") for name in names):
         return "To use a GGUF file, give the file itself."
     return _DOWNLOAD
-
-
-def _refuse_quantized_config(config: Mapping[str, Any], path: Path, accepted: str) -> None:
-    block = config.get("quantization_config")
-    method = block.get("quant_method") if isinstance(block, dict) else None
-    if block and (method != accepted or not accepted):
-        raise InputError(
-            f"{path}: the checkpoint is already quantized ({shown(method or 'quantization_config')}).",
-            _UNQUANTIZED,
-        )
 
 
 def open_shards(path: Path, names: set[str], opened: ExitStack) -> list[Shard]:
@@ -376,7 +367,7 @@ def _collect(path: Path, row: Architecture, shards: Sequence[Shard], notes: list
     """All tensors of all shards by the names that the row's rules have, without known leftovers.
 
     Raises:
-        InputError: a tensor in two shards, quantized weights, or weights that are not floating point.
+        InputError: a tensor in two shards.
     """
     stored: dict[str, StoredTensor] = {}
     dropped: list[str] = []
@@ -393,25 +384,9 @@ def _collect(path: Path, row: Architecture, shards: Sequence[Shard], notes: list
             stored[name] = tensor
     if row.packed:
         pack(stored)
-    for name in list(stored):
-        if isinstance(stored[name], PackedTensor):
-            continue
-        method = next((method for ending, method in QUANTIZED_ENDINGS.items() if name.endswith(ending)), None)
-        if method:
-            raise InputError(
-                f"{path}: the checkpoint is already quantized ({method}): it holds {shown(name)}.",
-                _UNQUANTIZED,
-            )
-        if LEFTOVERS.search(name):
-            del stored[name]
-            dropped.append(name)
-    for name, tensor in stored.items():
-        if tensor.dtype not in WEIGHT_DTYPES:
-            raise InputError(
-                f"{tensor.file.path}: tensor {shown(name)} is {tensor.dtype}; "
-                f"weights must be {', '.join(WEIGHT_DTYPES)}.",
-                _UNQUANTIZED,
-            )
+    for name in filter(LEFTOVERS.search, list(stored)):
+        del stored[name]
+        dropped.append(name)
     if elsewhere:
         notes.append(
             f"{path}: {len(elsewhere)} tensors are of parts that a GGUF file of this model does not have: "
@@ -420,6 +395,38 @@ def _collect(path: Path, row: Architecture, shards: Sequence[Shard], notes: list
     if dropped:
         notes.append(f"{path}: {len(dropped)} leftover tensors are dropped: {listed(dropped, 3)}.")
     return stored
+
+
+def _widen(
+    path: Path, config: Mapping[str, Any], scheme: Fp8Scheme | None, stored: dict[str, StoredTensor], notes: list[str]
+) -> None:
+    """Put wide tensors in the place of FP8 ones; all that is left must be plain weights.
+
+    Raises:
+        InputError: weights are quantized in another way, or are not floating point.
+    """
+    dtype = "F32" if _config_type(config) == TensorType.F32 else "BF16"
+    block = scheme.block if scheme is not None else None
+    count, dropped = widen_fp8(stored, dtype=dtype, block=block, scaled=scheme is not None)
+    if count:
+        notes.append(f"{path}: {count} FP8 tensors are widened to {dtype}.")
+    if dropped:
+        notes.append(f"{path}: {len(dropped)} scales of activations are dropped: {listed(dropped, 3)}.")
+    for name, tensor in stored.items():
+        if isinstance(tensor, PackedTensor):
+            continue
+        method = next((method for ending, method in QUANTIZED_ENDINGS.items() if name.endswith(ending)), None)
+        if method:
+            raise InputError(
+                f"{path}: the checkpoint is already quantized ({method}): it holds {shown(name)}.",
+                unquantized_hint(path),
+            )
+        if tensor.dtype not in WEIGHT_DTYPES:
+            raise InputError(
+                f"{tensor.file.path}: tensor {shown(name)} is {tensor.dtype}; "
+                f"weights must be {', '.join(WEIGHT_DTYPES)}.",
+                unquantized_hint(path),
+            )
 
 
 def _embedding_rows(

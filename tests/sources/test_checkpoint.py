@@ -153,7 +153,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "rope is a list": (config(rope_scaling=[1]), "rope settings are list"),
     "rope without factor": (config(rope_scaling={"type": "linear"}), "factor is missing"),
     "rope factor zero": (config(rope_scaling={"type": "linear", "factor": 0}), "factor is 0"),
-    "quantized config": (config(quantization_config={"quant_method": "gptq"}), r"already quantized \('gptq'\)"),
+    "quantized config": (config(quantization_config={"quant_method": "gptq"}), r"already quantized \(GPTQ\)"),
     # shards and index
     "shard missing": (lambda f: (f / SECOND).unlink(), f"lacks 1 of 2 shards: '{SECOND}'"),
     "all shards missing": (lambda f: [s.unlink() for s in f.glob("*.safetensors")], f"'{FIRST}', '{SECOND}'"),

@@ -30,8 +30,9 @@ def convert_word_piece(folder: Path, tokenizer: FastTokenizer, size: int, notes:
     Raises:
         InputError: broken, or not BERT's way to split.
     """
-    if tokenizer.model.get("continuing_subword_prefix", _CONTINUED) != _CONTINUED:
-        tokenizer.refuse_options("continuing_subword_prefix")
+    prefix = tokenizer.model.get("continuing_subword_prefix", _CONTINUED)
+    if prefix != _CONTINUED:
+        raise InputError(f"{tokenizer.path} continues a word with {shown(prefix)}, not with {_CONTINUED} as BERT does.")
     normalizer = _normalizer(tokenizer)
     splits = [step.get("type") for step in members(tokenizer.document.get("pre_tokenizer"), "pretokenizers")]
     if splits != ["BertPreTokenizer"]:

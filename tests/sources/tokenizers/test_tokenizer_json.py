@@ -242,7 +242,7 @@ BROKEN: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[dict[str, Any]],
     "other prefix": (
         lambda: word_piece(lowercase=True),
         change("model.continuing_subword_prefix", "@@"),
-        "continuing_subword_prefix to '@@'",
+        "continues a word with '@@', not with ##",
     ),
     "scores are text": (unigram, change("model.vocab", [["a", "b"]]), "not a list of tokens with scores"),
     "scores are infinite": (unigram, change("model.vocab", [["a", float("inf")]]), "not a list of tokens with scores"),

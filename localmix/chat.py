@@ -41,6 +41,7 @@ from localmix.chat_events import (
     SaveState,
     StateSaved,
 )
+from localmix.chat_template import HINT
 from localmix.chat_worker import serve
 from localmix.errors import InputError, Interrupted, LocalmixError
 from localmix.sampling import Sampling
@@ -211,9 +212,8 @@ class Engine:
                 except Exception as error:  # the child is gone
                     self.close()
                     if deadline.expired:
-                        raise InputError(
-                            f"The chat template of {self.path.name} takes longer than {TEMPLATE_SECONDS:g} seconds."
-                        ) from error
+                        title = self.settings.template_title(self.path)
+                        raise InputError(f"{title} takes longer than {TEMPLATE_SECONDS:g} seconds.", HINT) from error
                     raise
                 if isinstance(answer, Rendering):
                     deadline.stop() if answer.finished else deadline.start()

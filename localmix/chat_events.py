@@ -58,6 +58,10 @@ class EngineSettings:
     chat_template: str | None = None
     template_name: str | None = None
 
+    def template_title(self, model: Path) -> str:
+        """What error sentences call the template."""
+        return f"The chat template of {model.name}" if self.chat_template is None else "The given chat template"
+
 
 @dataclass(frozen=True)
 class Loading:

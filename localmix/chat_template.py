@@ -18,10 +18,16 @@ from localmix.errors import InputError
 
 OUTPUT_LIMIT = 4_000_000  # characters; a context of a million tokens
 MEMORY_LIMIT = 512 * 2**20  # bytes that rendering may add to the process
+HINT = "Use another one with --chat-template FILE."
 
 
 def render(
-    template: str, messages: Sequence[Mapping[str, str]], *, bos: str = "", eos: str = "", subject: str = ""
+    template: str,
+    messages: Sequence[Mapping[str, str]],
+    *,
+    bos: str = "",
+    eos: str = "",
+    name: str = "The chat template",
 ) -> str:
     """The prompt that asks the model for the next message.
 
@@ -32,7 +38,7 @@ def render(
         template: Jinja source.
         messages: with the keys `role` (system, user, assistant) and `content`.
         bos, eos: the text of these tokens.
-        subject: the model's file, for the error sentence.
+        name: what error sentences call it.
 
     Raises:
         InputError: the template is broken, refuses the conversation, or goes beyond a limit.
@@ -40,12 +46,12 @@ def render(
     try:
         return _render(template, messages, bos, eos)
     except _TooMuch as error:
-        raise InputError(f"The chat template of {subject} {error}.") from error
+        raise InputError(f"{name} {error}.", HINT) from error
     except Exception as error:  # whatever somebody's program raises
         if messages and messages[0]["role"] == "system":
-            return render(template, _without_system(messages), bos=bos, eos=eos, subject=subject)
+            return render(template, _without_system(messages), bos=bos, eos=eos, name=name)
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        raise InputError(f"The chat template of {subject} fails: {reason}.") from error
+        raise InputError(f"{name} fails: {reason}.", HINT) from error
 
 
 def prepare() -> None:

@@ -146,6 +146,7 @@ class _Desk:
             key.removeprefix(_NAMED_TEMPLATE) for key in metadata if key.startswith(_NAMED_TEMPLATE)
         )
         self._template = self._choose_template(settings)
+        self._template_title = settings.template_title(model.path)
         self._state_key: dict[str, object] = {
             "engine": LLAMA_CPP_COMMIT,
             "kv_type": settings.kv_type,
@@ -325,7 +326,7 @@ class _Desk:
             return [int(token) for token in model.tokenize(text)]
         self._channel.emit(Rendering(finished=False))
         try:
-            text = chat_template.render(self._template, messages, bos=bos, eos=eos, subject=model.path.name)
+            text = chat_template.render(self._template, messages, bos=bos, eos=eos, name=self._template_title)
         finally:
             self._channel.emit(Rendering(finished=True))
         # the template writes BOS itself, or leaves it to the tokenizer

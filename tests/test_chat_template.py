@@ -65,7 +65,7 @@ def test_what_templates_of_the_field_use() -> None:
 )
 def test_broken_and_hostile_templates_are_a_sentence(template: str) -> None:
     with pytest.raises(InputError, match=r"The chat template of model\.gguf"):
-        render(template, [USER], subject="model.gguf")
+        render(template, [USER], name="The chat template of model.gguf")
 
 
 @pytest.mark.parametrize(
@@ -79,11 +79,11 @@ def test_broken_and_hostile_templates_are_a_sentence(template: str) -> None:
 def test_size_and_memory_are_limited(template: str) -> None:
     started = time.monotonic()
     with pytest.raises(InputError, match=r"writes more|takes more"):
-        render(template, [USER], subject="model.gguf")
+        render(template, [USER], name="The chat template of model.gguf")
     assert time.monotonic() - started < 20
 
 
 def test_the_error_is_one_line() -> None:
     with pytest.raises(InputError) as caught:
-        render("{{ raise_exception('a\\nb\\n') }}", [USER], subject="m")
-    assert caught.value.message == "The chat template of m fails: a b."
+        render("{{ raise_exception('a\\nb\\n') }}", [USER], name="It")
+    assert caught.value.message == "It fails: a b."

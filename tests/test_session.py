@@ -45,7 +45,25 @@ def test_conversations_are_private() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["", ".", "..", "../x", "a/b", "a\\b", "/x", ".x", "con", "NUL.txt", "a.", "a ", "a\0b", "a\nb", "C:x", "x" * 101, "名" * 67],
+    [
+        "",
+        ".",
+        "..",
+        "../x",
+        "a/b",
+        "a\\b",
+        "/x",
+        ".x",
+        "con",
+        "NUL.txt",
+        "a.",
+        "a ",
+        "a\0b",
+        "a\nb",
+        "C:x",
+        "x" * 101,
+        "名" * 67,
+    ],
 )
 def test_names_that_are_no_file_names(name: str) -> None:
     with pytest.raises(UsageError, match="cannot be the name"):

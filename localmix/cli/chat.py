@@ -293,9 +293,10 @@ def _model_of(found: Session) -> Path | None:
 
 def _answer_once(console: Console, conversation: Conversation, question: str, raw: bool) -> None:
     """One turn: the reply on stdout, or as a document when JSON was asked for."""
-    from localmix.cli.chat_turn import show_reply
+    from localmix.cli.chat_turn import comment, show_reply
 
     reply = show_reply(console, conversation.ask(question), raw=raw, quiet=console.json)
+    comment(console, reply)
     console.result(
         {
             "model": conversation.engine.path,

@@ -159,8 +159,14 @@ def _sessions(talk: Talk, _: str) -> None:
         )
         for one in found
     )
-    titles = ("Session", "Model", "Questions", "Saved (UTC)", "Begins")
-    talk.console.table(Table(tuple(Column(title, number=title == "Questions") for title in titles), rows))
+    columns = (
+        Column("Session", number=False),
+        Column("Model", number=False, rank=3),
+        Column("Questions", rank=2),
+        Column("Saved (UTC)", number=False, rank=4),
+        Column("Begins", number=False, rank=1),
+    )
+    talk.console.table(Table(columns, rows))
 
 
 def _opening(one: session.Session, length: int = 30) -> str:

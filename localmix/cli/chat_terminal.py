@@ -11,12 +11,12 @@ from localmix import library, session
 from localmix.chat_events import Loaded, Loading
 from localmix.cli import Terminated
 from localmix.cli.chat_settings import LIMIT, accepted, sampling_for
-from localmix.cli.chat_turn import show_reply, silent_keyboard, stop_on_interrupt
+from localmix.cli.chat_turn import comment, show_reply, silent_keyboard, stop_on_interrupt
 from localmix.cli.console import Console
 from localmix.errors import Interrupted, LocalmixError
 
 if TYPE_CHECKING:
-    from localmix.chat import Conversation, Engine, Reply
+    from localmix.chat import Conversation, Engine
 
 # A state that takes longer to write, in seconds, is written when the chat ends and not after every turn.
 _QUICK = 0.5
@@ -157,23 +157,14 @@ class Talk:
                 self.console.error(error)
                 self.console.note("The conversation is as it was before; /retry asks again.")
                 return
-            self._comment(reply)
+            comment(self.console, reply)
+            self.console.line()
             if reply.text:
                 self.unanswered = None
                 self.save()
             else:  # as if it had not been asked
                 conversation.turns, conversation.dropped = before
                 self.unanswered, self._was_again = question, again
-
-    def _comment(self, reply: Reply) -> None:
-        """What the reply itself does not say, and a line between it and what follows."""
-        if reply.finish_reason == "stopped":
-            self.console.note("(stopped)")
-        elif reply.finish_reason == "length":
-            self.console.note("(cut off: the reply reached its limit or the end of the context)")
-        elif not reply.text:
-            self.console.note("(no reply)")
-        self.console.line()
 
     def edit(self, question: str) -> None:
         """Put a question into the input line; when it is sent it takes the place of the last one."""

@@ -71,6 +71,16 @@ def show_reply(console: Console, events: Iterator[Event], *, raw: bool = False, 
     return reply
 
 
+def comment(console: Console, reply: Reply) -> None:
+    """Say what the reply itself does not."""
+    if reply.finish_reason == "stopped":
+        console.note("(stopped)")
+    elif reply.finish_reason == "length":
+        console.note("(cut off: the reply reached its limit or the end of the context)")
+    elif not reply.text:
+        console.note("(no reply)")
+
+
 @contextlib.contextmanager
 def _writer(console: Console, raw: bool) -> Iterator[Callable[[str], None]]:
     """What takes the pieces of a reply, and ends its last line."""

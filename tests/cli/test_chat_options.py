@@ -57,7 +57,7 @@ def write(name: str, data: bytes) -> Callable[[Path], None]:
         (write("s", b"{"), ("--json-schema", "s"), 3, "no JSON"),
         (write("s", b"{}"), ("--json-schema", "s", "--grammar", "s"), 2, "exclude each other"),
         (None, ("--chat-template", "no.jinja"), 5, "no.jinja"),
-        (write("t", b"{{ nothing("), ("--chat-template", "t"), 3, "chat template"),
+        (write("t", b"{{ nothing("), ("--chat-template", "t"), 3, "The given chat template fails"),
         (None, ("--draft-tokens", "4"), 2, "needs --draft"),
         (None, ("--draft", "ngram", "--draft-tokens", "0"), 2, "neither auto"),
         (None, ("--draft", "nobody"), 2, "nobody"),

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from localmix.errors import InputError
 from localmix.native.kernels import quantize_rows
+from localmix.sources.positional import is_noting
 from localmix.sources.safetensors import WEIGHT_DTYPES, StoredTensor
 from localmix.tensor_types import TensorType, widen
 
@@ -248,6 +249,8 @@ class MergedTensor(StoredTensor):
 
     def _changed(self, start: int, stop: int) -> npt.NDArray[Any]:
         rows = to_floats(self.origin.read_rows(start, stop), self.origin.dtype)
+        if is_noting():
+            return to_stored(rows, self.dtype)
         if self.changes:
             added = [change.added(rows, start) for change in self.changes]  # each to what is stored
             for change in added:

@@ -117,6 +117,11 @@ def note_reads() -> Iterator[set[Path]]:
         _noted.reset(token)
 
 
+def is_noting() -> bool:
+    """Whether reads in this thread are only noted: what is made of their zeros is of no use."""
+    return _noted.get() is not None
+
+
 class PositionalFile:
     """A regular file opened for reading at offsets.
 

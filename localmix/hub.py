@@ -114,6 +114,8 @@ def look_up(name: str, revision: str | None = None) -> Repository:
         except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]  # httpx's base class
             # nothing has come yet: most likely there is no network, so it is said at once
             raise _unreachable(name, error) from error
+        except errors.HFValidationError as error:
+            raise UsageError(f"{name!r} is no name of a repository.", "Such as mistralai/Mixtral-8x7B-v0.1.") from error
         except (ValueError, TypeError, KeyError) as error:
             raise NetworkError(f"The hub's answer about {name} cannot be understood.", _MIRROR) from error
     files = []
@@ -310,7 +312,7 @@ def open_range(
         NetworkError: the hub refuses.
     """
     from huggingface_hub import constants, errors, hf_hub_url
-    from huggingface_hub.utils import build_hf_headers, get_session
+    from huggingface_hub.utils import build_hf_headers, get_session  # type: ignore[attr-defined]  # documented there
 
     url = hf_hub_url(repository.name, file.name, revision=repository.commit, endpoint=constants.ENDPOINT)
     headers = build_hf_headers(library_name="localmix", library_version=__version__)
@@ -486,6 +488,6 @@ def _near_names(name: str) -> list[str]:
     found: list[str] = []
     with contextlib.suppress(errors.HTTPError, OSError, ValueError, TypeError):  # type: ignore[attr-defined]
         api = HfApi(endpoint=constants.ENDPOINT)
-        for words in ({"search": model}, {"author": organisation}):
-            found += [str(entry.id) for entry in api.list_models(**words, limit=50)]
+        found += [str(entry.id) for entry in api.list_models(search=model, limit=50)]
+        found += [str(entry.id) for entry in api.list_models(author=organisation, limit=50)]
     return difflib.get_close_matches(name, list(dict.fromkeys(found)), n=3, cutoff=0.6)

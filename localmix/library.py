@@ -251,9 +251,9 @@ def resolve(wanted: str | Path | None, purpose: Purpose, fits: Callable[[ModelFi
     path = Path(text)
     if path.exists():
         return _checked(path, purpose)
-    pulled = _pulled_from(text)
-    if pulled is not None:
-        return _choose(pulled, purpose, fits)
+    ours = _pulled_from(text) or _made_from(text)
+    if ours is not None and (ours.files or purpose in (Purpose.SOURCE, Purpose.CHECKPOINT)):
+        return _choose(ours, purpose, fits)
     if find_repository(text):
         raise FileError(
             f"{text} does not exist here, and a model of the hub must come first.",
@@ -274,10 +274,16 @@ def find_repository(text: str) -> str:
     return text
 
 
-def _pulled_from(text: str) -> Model | None:
-    """The model of the library whose whole checkpoint came from the repository `text`."""
+def _made_from(text: str) -> Model | None:
+    """The model of the library that came from the repository `text`, or was made from it."""
     model = find(clean_name(text.rpartition("/")[2])) if text.count("/") == 1 else None
-    if model is None or _origin(model.name) != HUB + text or not (model.checkpoint or model.files):
+    return model if model is not None and _origin(model.name) == HUB + text else None
+
+
+def _pulled_from(text: str) -> Model | None:
+    """The same, when it is here in full precision: its checkpoint as a whole, or a GGUF file."""
+    model = _made_from(text)
+    if model is None:
         return None
     folder = pulled_folder(model.name)
     is_whole = model.checkpoint == folder and not any(folder.glob(".*.part"))

@@ -183,6 +183,13 @@ def test_a_busy_hub_is_waited_for(served: Hub) -> None:
     assert 2 <= time.monotonic() - started < 10
 
 
+def test_a_silent_server_is_asked_again(served: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "TIMEOUT", 0.3)
+    served.silent.append(SHARD)
+    check(pull(NAME), served)
+    assert len([path for path in served.paths("/storage/") if path.endswith(SHARD)]) == 2
+
+
 def test_a_long_wait_is_said_instead(served: Hub) -> None:
     served.refusals.append(Refusal("/api/models/org/fox", 429, {"Retry-After": "7200"}))
     with pytest.raises(NetworkError, match="asks to wait 120 minutes"):
@@ -208,6 +215,7 @@ def test_a_gated_model_says_what_to_do(served: Hub, monkeypatch: pytest.MonkeyPa
     assert "The token in use does not do" in caught.value.hint
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     check(pull(NAME), served)
+    assert served.leaks == []
 
 
 def test_a_token_that_may_see_the_list_but_not_the_files(served: Hub) -> None:
@@ -222,8 +230,9 @@ def test_an_unknown_model_and_its_neighbours(served: Hub) -> None:
     assert "Did you mean org/fox?" in caught.value.hint
     with pytest.raises(NetworkError, match="org/fox has no revision v9"):
         pull(NAME, revision="v9")
-    with pytest.raises(UsageError, match="no name of a repository"):
-        pull("fox")
+    for name in ("fox", "org/fox--x", "org/..", "org/fox/x", "https://hub/org/fox"):
+        with pytest.raises(UsageError, match="no name of a repository"):
+            pull(name)
     with pytest.raises(NetworkError, match=r"does not give model-00002.* it answers 404"):
         served.refusals.append(Refusal(f"/resolve/{served.commit}/{SHARD}", 404))
         pull(NAME)

@@ -76,7 +76,7 @@ def test_ctrl_c_is_130_and_the_same_command_goes_on(localmix: CommandLine, serve
 def test_kill_and_the_same_command_goes_on(localmix: CommandLine, served: Hub) -> None:
     served.bytes_per_second = 300_000
     run = localmix.popen("pull", NAME)
-    time.sleep(4)  # what is older than two seconds is on the disk
+    time.sleep(3)  # what is older than two seconds is on the disk
     run.kill()
     run.communicate()
     served.bytes_per_second = 0

@@ -24,7 +24,7 @@ import pytest
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LFS_BYTES = 4096  # files from this size on are kept in LFS
 
-_RESOLVE = re.compile(r"/(?P<repository>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
+_RESOLVE = re.compile(r"/(?:datasets/)?(?P<repository>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
 _INFO = re.compile(r"/api/models/(?P<repository>[^/]+/[^/]+)(?:/revision/(?P<revision>[^/]+))?")
 
 
@@ -51,7 +51,8 @@ class Hub:
         token: the one that it wants, if any.
         asked: method, path and the Range header of each request.
         sent: bytes of bodies, by file.
-        leaks: paths of the storage that a token came to.
+        saw_token: whether a request brought one.
+        leaks: paths of the storage that one came to.
     """
 
     endpoint: str = ""
@@ -68,6 +69,7 @@ class Hub:
     asked: list[tuple[str, str, str]] = field(default_factory=list)
     sent: dict[str, int] = field(default_factory=dict)
     leaks: list[str] = field(default_factory=list)
+    saw_token: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, repository: str, folder: Path) -> None:
@@ -116,6 +118,7 @@ class _Handler(BaseHTTPRequestHandler):
         url = urllib.parse.urlsplit(self.path)
         path = urllib.parse.unquote(url.path)
         with self.hub.lock:
+            self.hub.saw_token |= "authorization" in self.headers
             self.hub.asked.append((self.command, path, self.headers.get("Range", "")))
             refusal = next((found for found in self.hub.refusals if found.part in path), None)
             if refusal:

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING
 import click
 
 from localmix.cli.console import WEIGHTS, Console
-from localmix.cli.parameters import FILE, MODEL, examples, json_option, threads_option
+from localmix.cli.parameters import FILE, MODEL, examples, json_option, lora_option, threads_option
 from localmix.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from localmix.convert import Converted
+    from localmix.sources.adapter import Lora
     from localmix.sources.remote import Remote
 
 
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 @click.option(
     "--pre", metavar="NAME", help="The tokenizer's pre-tokenizer by llama.cpp's name, if it is not recognised."
 )
+@lora_option
 @click.option(
     "--upstream",
     is_flag=True,
@@ -44,6 +48,7 @@ if TYPE_CHECKING:
     "localmix convert ~/models/Mixtral-8x7B-v0.1 -o mixtral.gguf --type f16",
     "localmix convert ~/models/falcon-7b --upstream",
     "localmix convert mistralai/Mixtral-8x7B-v0.1",
+    "localmix convert ~/models/Mixtral-8x7B-v0.1 --lora ~/adapters/chinese-mixtral-lora",
     "localmix convert mixtral-8x7b.Q4_K_M.gguf-split-a",
 )
 def command(
@@ -51,6 +56,7 @@ def command(
     output: Path | None,
     kind: str,
     pre: str | None,
+    loras: tuple[str, ...],
     upstream: bool,
     keep: bool,
     yes: bool,
@@ -73,8 +79,9 @@ def command(
     about; --yes answers. LOCALMIX_UPSTREAM_PYTHON names a Python that has torch and transformers already.
     """
     from localmix import library
-    from localmix.cli.model_argument import find_model_of_hub
+    from localmix.cli.model_argument import adapted, find_model_of_hub
     from localmix.convert import conversion_preset, convert, describe
+    from localmix.sources.adapter import parse_lora
     from localmix.sources.open import open_source
     from localmix.upstream import convert_upstream, plain_type
 
@@ -84,8 +91,11 @@ def command(
         raise UsageError("--upstream needs the whole checkpoint here.", f"Run `localmix pull {model}` first.")
     if remote is None and keep:
         raise UsageError("--keep is for a model that comes from the hub.")
+    if loras and upstream:
+        raise UsageError("--lora is for localmix's own converter.", "Make a checkpoint with `localmix merge` first.")
+    adapters = [parse_lora(lora) for lora in loras]
     if remote is not None:
-        _report(console, _convert_arriving(console, remote, output, kind, pre, keep, threads))
+        _report(console, _convert_arriving(console, remote, output, kind, pre, adapters, keep, threads))
         return
     path = library.resolve(model, library.Purpose.CHECKPOINT)
     if upstream:
@@ -97,20 +107,21 @@ def command(
         if upstream:
             name = kind.upper()
         else:
-            with open_source(path, pre=pre) as source:
+            with open_source(path, pre=pre, loras=adapters) as source:
                 name = conversion_preset(source, kind).name
+        named = adapted(path, adapters)
         if output is None:
-            output = library.output_path(path, name)
+            output = library.output_path(named, name)
         else:
-            output = output / f"{library.model_name(path)}-{name}.gguf"
+            output = output / f"{library.model_name(named)}-{name}.gguf"
     if upstream:
         with library.room_for(output), console.progress() as progress:
             convert_upstream(path, output, kind, progress)
         converted = describe(output)
     else:
         with library.room_for(output), console.progress(WEIGHTS) as progress:
-            converted = convert(path, output, kind, pre=pre, threads=threads, progress=progress)
-    library.remember([output], source=path)
+            converted = convert(path, output, kind, pre=pre, loras=adapters, threads=threads, progress=progress)
+    library.remember([output], source=None if adapters else path)
     _report(console, converted)
 
 
@@ -120,29 +131,40 @@ def _convert_arriving(
     output: Path | None,
     kind: str,
     pre: str | None,
+    adapters: Sequence[Lora],
     keep: bool,
     threads: int | None,
 ) -> Converted:
     """Convert a model of the hub while it comes."""
     from localmix import library
     from localmix.arrivals import arriving_name
-    from localmix.cli.model_argument import arriving_model
+    from localmix.cli.model_argument import adapted, arriving_model
     from localmix.convert import conversion_preset, convert
     from localmix.sources.open import open_source
 
-    model, repository = arriving_name(remote), remote.repository.name
+    model = library.model_name(adapted(Path(arriving_name(remote)), adapters))
+    repository = "" if adapters else remote.repository.name  # its name is that of the model without adapters
     folder = library.home() / model if output is None else output if output.is_dir() else output.parent
     with library.room_for(folder / model), arriving_model(console, remote, folder, keep) as coming:
         if output is None or output.is_dir():
-            with open_source(coming.path, pre=pre) as source:
+            with open_source(coming.path, pre=pre, loras=adapters) as source:
                 name = conversion_preset(source, kind).name
-            if output is None:
+            if output is None and adapters:
+                output = library.output_path(Path(model), name)
+            elif output is None:
                 output = library.repository_output_path(model, repository, name)
             else:
                 output = output / f"{model}-{name}.gguf"
         with console.progress(WEIGHTS) as progress:
             converted = convert(
-                coming.path, output, kind, pre=pre, threads=threads, progress=progress, arrivals=coming.arrivals
+                coming.path,
+                output,
+                kind,
+                pre=pre,
+                loras=adapters,
+                threads=threads,
+                progress=progress,
+                arrivals=coming.arrivals,
             )
     library.remember([output], repository=repository)
     return converted

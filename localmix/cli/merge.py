@@ -17,7 +17,7 @@ from localmix.cli.parameters import FILE, MODEL, examples, json_option, lora_opt
 @threads_option
 @json_option
 @examples(
-    "localmix merge ~/models/Mixtral-8x7B-v0.1 --lora ~/adapters/chinese-mixtral-lora -o ~/models/chinese-mixtral",
+    "localmix merge ~/models/Mixtral-8x7B-v0.1 --lora ~/chinese-mixtral-lora -o ~/models/chinese-mixtral",
     "localmix merge examples/tinymix --lora ~/adapters/style=0.5 --lora ~/adapters/facts -o tinymix-tuned",
 )
 def command(model: str, loras: tuple[str, ...], output: Path, threads: int | None, json: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from localmix.arrivals import ArrivingModel
     from localmix.cli.console import Console
     from localmix.hub import HubFile
+    from localmix.sources.adapter import Lora
     from localmix.sources.remote import Remote
 
 
@@ -85,6 +86,14 @@ def find_model_of_hub(wanted: str | None) -> Remote | None:
     from localmix.sources.remote import find_remote
 
     return find_remote(wanted, for_quantizing=True)
+
+
+def adapted(source: Path, loras: Sequence[Lora]) -> Path:
+    """The path by which the library names a model: its own, or MODEL+ADAPTER when adapters are merged into it."""
+    if not loras:
+        return source
+    names = [library.clean_name(lora.path.resolve().name) for lora in loras]
+    return source.with_name("+".join([library.model_name(source), *names]))
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from localmix.cli.parameters import (
     TypesOrModel,
     examples,
     json_option,
+    lora_option,
     markdown_option,
     parse_types,
 )
@@ -35,6 +36,7 @@ from localmix.cli.parameters import (
     help="Type of the KV cache for the memory need.",
 )
 @click.option("--imatrix", is_flag=True, help="Plan with an importance matrix: it changes some mixtures.")
+@lora_option
 @markdown_option
 @json_option
 @examples(
@@ -49,6 +51,7 @@ def command(
     ram: str | None,
     kv_type: str,
     imatrix: bool,
+    loras: tuple[str, ...],
     markdown: bool,
     json: bool,
 ) -> None:
@@ -69,6 +72,7 @@ def command(
     from localmix.presets import load_presets
     from localmix.requirements import Requirements, repacked_bytes
     from localmix.simulation import Setting
+    from localmix.sources.adapter import parse_lora
     from localmix.sources.open import open_source
     from localmix.table import Column, Table, number, size_unit
 
@@ -77,7 +81,11 @@ def command(
     names = names or list(load_presets().presets)
     room = memory.machine(memory.parse_gigabytes(ram)) if ram else memory.available()
     floor = memory.machine(memory.FLOOR_GB)
-    with located(console, model, library.Purpose.SOURCE) as found, open_source(found.path) as source:
+    adapters = [parse_lora(lora) for lora in loras]
+    with (
+        located(console, model, library.Purpose.SOURCE) as found,
+        open_source(found.path, loras=adapters) as source,
+    ):
         context = context or min(memory.DEFAULT_CONTEXT, memory.trained_context(source))
         planner = Planner(source)
         plans = [planner.plan(load_presets().find(name), has_imatrix=imatrix) for name in names]

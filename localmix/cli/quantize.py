@@ -15,6 +15,7 @@ from localmix.cli.parameters import (
     TYPES,
     examples,
     json_option,
+    lora_option,
     parse_size,
     parse_types,
     presets_option,
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Weigh experts that no calibration token reached as llama.cpp does, instead of by the others' mean.",
 )
+@lora_option
 @click.option("--keep", is_flag=True, help="Keep a checkpoint that comes from the hub, as `localmix pull` does.")
 @click.option("--dry-run", is_flag=True, help="Check and show what would be written.")
 @click.option("--list", "show_list", is_flag=True, help="Show all types with what they cost on Mixtral-8x7B.")
@@ -76,6 +78,7 @@ if TYPE_CHECKING:
     "localmix quantize Q4_K tinymix --tensor-type attn_v=Q8_0 -o tinymix-custom.gguf",
     "localmix quantize Q8_0 ~/models/Mixtral-8x7B-v0.1 --split-max-size 20GiB -o /mnt/usb",
     "localmix quantize Q4_K mistralai/Mixtral-8x7B-v0.1",
+    "localmix quantize Q4_K ~/models/Mixtral-8x7B-v0.1 --lora ~/adapters/chinese-mixtral-lora",
     "localmix quantize --list",
 )
 def command(
@@ -92,6 +95,7 @@ def command(
     overrides: tuple[str, ...],
     allow_requantize: bool,
     upstream_imatrix: bool,
+    loras: tuple[str, ...],
     keep: bool,
     dry_run: bool,
     show_list: bool,
@@ -110,10 +114,11 @@ def command(
     """
     from localmix import library
     from localmix.arrivals import arriving_name
-    from localmix.cli.model_argument import arriving_model, find_model_of_hub
+    from localmix.cli.model_argument import adapted, arriving_model, find_model_of_hub
     from localmix.errors import UsageError
     from localmix.presets import load_presets
     from localmix.quantize import parse_override, parse_rule, quantize
+    from localmix.sources.adapter import parse_lora
     from localmix.sources.remote import heads
     from localmix.table import Column, Table, number, size, size_unit
 
@@ -139,9 +144,11 @@ def command(
     if split_max_size is not None and output is None:
         raise UsageError("The model library holds whole files.", "Name a file or a folder for the parts with -o.")
     presets = [_changed(known.find(name), output_type, embedding_type, pure) for name in names]
-    outputs = [(preset, _output(path, remote, output, preset.name)) for preset in presets]
+    adapters = [parse_lora(lora) for lora in loras]
+    named = adapted(path, adapters)
+    outputs = [(preset, _output(named, None if adapters else remote, output, preset.name)) for preset in presets]
     if imatrix is None and not no_imatrix and remote is None and any(preset.imatrix != "unused" for preset in presets):
-        imatrix = library.find_imatrix(path)
+        imatrix = library.find_imatrix(named)
     with ExitStack() as stack:
         if not dry_run:
             stack.enter_context(library.room_for(outputs[0][1]))
@@ -162,14 +169,16 @@ def command(
             split_bytes=parse_size(split_max_size) if split_max_size is not None else None,
             allow_requantize=allow_requantize,
             upstream_imatrix=upstream_imatrix,
+            loras=adapters,
             threads=threads,
             dry_run=dry_run,
             progress=progress,
             arrivals=arrivals,
         )
     if not dry_run:
-        repository = remote.repository.name if remote is not None else ""
-        library.remember([summary.path for summary in quantized.outputs], source=path, repository=repository)
+        repository = remote.repository.name if remote is not None and not adapters else ""
+        made_from = None if adapters else path  # not from that alone
+        library.remember([summary.path for summary in quantized.outputs], source=made_from, repository=repository)
 
     importance = quantized.importance
     if importance is not None:

@@ -236,6 +236,9 @@ def open_checkpoint(path: Path, *, pre: str | None = None, loras: Sequence[Lora]
                 tensors.append(TensorInfo(tensor.name, tensor.shape, kind))
         layouts |= {name: _Layout((), values=values) for name, values in derived.tensors.items()}
         metadata = _general_metadata(path, row, tensors)
+        if adapters:
+            names = [_model_name(path), *(_model_name(adapter.path) for adapter in adapters)]
+            metadata["general.name"] = text(" + ".join(names))
         metadata |= row.metadata(settings)
         metadata |= derived.metadata
         if shards or has_tokenizer(path):

@@ -241,9 +241,10 @@ def test_changes_of_several_adapters_add_up_in_any_order(tmp_path: Path) -> None
 @pytest.mark.parametrize("name", KINDS)
 def test_a_converted_overlay_is_the_converted_merge(tmp_path: Path, name: str) -> None:
     base, adapter = write_pair(tmp_path, name)
-    (tmp_path / "merged").mkdir()
-    merge(base, [Lora(adapter)], tmp_path / "merged" / "base", threads=1)  # a model is named after its folder
-    with open_checkpoint(base, loras=[Lora(adapter)]) as one, open_checkpoint(tmp_path / "merged" / "base") as other:
+    merge(base, [Lora(adapter)], tmp_path / "merged", threads=1)
+    with open_checkpoint(base, loras=[Lora(adapter)]) as one, open_checkpoint(tmp_path / "merged") as other:
+        assert one.metadata.pop("general.name").value == f"base + {name}"
+        assert other.metadata.pop("general.name").value == "merged"
         assert one.metadata == other.metadata
         assert one.tensors == other.tensors
         for info in one.tensors:

@@ -55,12 +55,18 @@ class Arrivals:
         self._threads: list[threading.Thread] = []
 
     @property
-    def largest_bytes(self) -> int:
-        """What the largest files that can be here together take."""
-        return sum(sorted((file.bytes for file in self._files.values()), reverse=True)[:WINDOW])
+    def staged(self) -> list[tuple[Path, int]]:
+        """Folders, with the bytes that files on their way, or kept, still take in each."""
+        taken = [(found.folder, file.bytes) for file, found in self._places.items() if not known_sha256(found)]
+        if not self._places:
+            largest = sum(sorted((file.bytes for file in self._files.values()), reverse=True)[:WINDOW])
+            here = sum(path.stat().st_size for folder in self._folders for path in folder.iterdir())
+            taken = [(self._folders[0], max(0, largest - here))]
+        # what does not exist yet will be on the disk of the folder that does
+        return [(next(path for path in (folder, *folder.parents) if path.is_dir()), size) for folder, size in taken]
 
     @property
-    def folders(self) -> list[Path]:
+    def _folders(self) -> list[Path]:
         """Where the whole files lie while they are here."""
         return sorted({path.parent / ARRIVED for path in self._files})
 
@@ -76,11 +82,10 @@ class Arrivals:
         """Fetch files in this order; what an earlier run left of others is deleted."""
         first = [self._download(path) for path in wanted[:WINDOW]]
         of_use = {path for found in first for path in (found.path, found.partial, found.note)}
-        for folder in self.folders:
-            if folder.is_dir():
-                for path in folder.iterdir():
-                    if path not in of_use:
-                        path.unlink()
+        for folder in self._folders:
+            for path in folder.iterdir():
+                if path not in of_use:
+                    path.unlink()
         self._wanted.extend(wanted)
         for number in range(WINDOW):
             thread = threading.Thread(target=self._work, name=f"arrivals-{number}", daemon=True)
@@ -244,6 +249,10 @@ def _lay_out(remote: Remote, model: Path, places: Mapping[HubFile, Place]) -> di
     """Put the small files and the stand-ins into a folder; by stand-in what it stands for."""
     stop = threading.Event()
     weights = {model / _base(file): file for file in remote.weights}
+    documents = {model / file.name: file for file in remote.documents}
+    for path in model.rglob("*"):  # an earlier commit may have had other files
+        if path.is_file() and ARRIVED not in path.parts and path not in weights and path not in documents:
+            path.unlink()
     wanted = []
     for path, file in weights.items():
         found = places.get(file)
@@ -253,8 +262,7 @@ def _lay_out(remote: Remote, model: Path, places: Mapping[HubFile, Place]) -> di
             wanted.append((file, path))
     fetch_heads(remote.repository, wanted, stop)
     missing = []
-    for file in remote.documents:
-        path = model / file.name
+    for path, file in documents.items():
         if not path.exists() or not checksum_of(path, file)[0]:
             missing.append(Download(file, path))
     fetch_all(remote.repository, missing)

@@ -123,7 +123,13 @@ def look_up(name: str, revision: str | None = None) -> Repository:
         lfs = entry.lfs
         size = lfs.size if lfs is not None else entry.size
         sha256, blob = (lfs.sha256 if lfs is not None else ""), entry.blob_id or ""
-        if not isinstance(size, int) or size < 0 or not re.fullmatch(r"[0-9a-f]{64}|", sha256) or not sha256 + blob:
+        if (
+            not isinstance(entry.rfilename, str)
+            or not isinstance(size, int)
+            or size < 0
+            or not re.fullmatch(r"[0-9a-f]{64}|", sha256)
+            or not sha256 + blob
+        ):
             raise NetworkError(f"The hub does not say what {entry.rfilename!r} of {name} is.", _MIRROR)
         files.append(HubFile(entry.rfilename, size, sha256, blob))
     if not info.sha or not re.fullmatch(r"[0-9a-f]{7,64}", info.sha):

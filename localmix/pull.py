@@ -187,6 +187,8 @@ def _fill(repository: Repository, places: Sequence[Place], progress: Progress | 
             note(found, sha256, False)
         else:
             missing[found.path] = found
+    for folder in {found.folder for found in places if found.of_checkpoint}:
+        _delete_what_is_gone(repository, folder)
     downloads = [Download(found.file, found.path) for found in missing.values()]
     if downloads:
         check_space(downloads, places[0].folder)
@@ -197,6 +199,18 @@ def _fill(repository: Repository, places: Sequence[Place], progress: Progress | 
             finished=lambda download, sha256: note(missing[download.path], sha256, True),
         )
     return [results[found.path] for found in places]
+
+
+def _delete_what_is_gone(repository: Repository, folder: Path) -> None:
+    """Delete files of an earlier commit that the repository no longer has: a chat template would go on to count."""
+    there = {file.name for file in repository.files}
+    record = read_record(folder)
+    gone = {inside for inside, pulled in record.items() if pulled.name not in there}
+    for inside in gone:
+        if is_untouched(folder, inside, record[inside]):
+            (folder / inside).unlink()
+    if gone:
+        write_record(folder, {inside: pulled for inside, pulled in record.items() if inside not in gone})
 
 
 def note_pulled(repository: Repository, found: Place, sha256: str) -> None:

@@ -117,7 +117,7 @@ def write_outputs(
     check_outputs(
         [part for plan, path in outputs for part in zip(plan.paths(path), plan.part_bytes, strict=True)],
         source.files(),
-        [(folder, arrivals.largest_bytes) for folder in arrivals.folders] if arrivals else (),
+        arrivals.staged if arrivals else (),
     )
     with ExitStack() as stack:
         targets: list[_Target] = []

@@ -96,6 +96,20 @@ def test_what_was_changed_here_or_there_is_fetched_again(served: Hub) -> None:
     assert {file.name for file in again.files if file.fetched} == {SHARD, "config.json"}
 
 
+def test_what_the_repository_no_longer_has_goes(served: Hub) -> None:
+    served.repositories[NAME]["chat_template.jinja"] = b"{{ messages }}"
+    served.repositories[NAME]["vocab.txt"] = b"a word"
+    pulled = pull(NAME)
+    (pulled.path / "vocab.txt").write_text("mine now")
+    mine = pulled.path / "notes.txt"
+    mine.write_text("mine")
+    del served.repositories[NAME]["chat_template.jinja"], served.repositories[NAME]["vocab.txt"]
+    pull(NAME)
+    assert not (pulled.path / "chat_template.jinja").exists()
+    assert mine.exists()
+    assert (pulled.path / "vocab.txt").exists()
+
+
 def test_dropped_connections_lose_nothing(served: Hub) -> None:
     size = len(served.repositories[NAME][SHARD])
     served.drops[SHARD] = [size // 4, size // 4, size // 3]

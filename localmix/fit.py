@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 # Where the formulas find less than this share of the memory taken, llama.cpp is not asked.
 _CLEARLY_FITS = 0.5
+_HUB_SECONDS = 5.0  # a remedy is not worth waiting for longer
 
 
 @dataclass(frozen=True)
@@ -217,7 +220,7 @@ class Examiner:
         return requirements.largest_context(setting, fits)
 
     def _smaller(self, source: Source, fit: Fit) -> Iterator[str]:
-        """The largest file of the library, or the largest type that could be made, that runs well."""
+        """The largest file of the library, or the largest type that could be made or fetched, that runs well."""
         from localmix import library
 
         model = library.find(library.model_name(fit.path))
@@ -233,12 +236,42 @@ class Examiner:
         try:
             origin = library.resolve(model.name, library.Purpose.SOURCE)
         except LocalmixError:
+            kind = _on_hub(model.folder, fit)
+            if kind:
+                yield f"`localmix pull {kind}` fetches one that runs well."
             return
         with open_source(origin) as whole:
             for kind, weights in planned(whole):
                 if self._fit(whole, weights, fit.setting).verdict is Verdict.RUNS_WELL:
                     yield f"`localmix quantize {kind} {model.name}` makes one that runs well."
                     return
+
+
+def _on_hub(folder: Path, fit: Fit) -> str:
+    """The largest GGUF file that runs well in the repository that a model came from, as `localmix pull` takes it.
+
+    Returns:
+        Nothing if there is none, or if the hub does not say in time.
+    """
+    from localmix.hub import gguf_type, look_up
+    from localmix.pull_record import read_record
+
+    name = next((pulled.repository for pulled in read_record(folder).values()), "")
+    found: dict[str, int] = {}
+
+    def ask() -> None:
+        with contextlib.suppress(LocalmixError):
+            for file in look_up(name).files:
+                if file.name.lower().endswith(".gguf"):
+                    kind = f"{name}:{gguf_type(file.name)}"
+                    found[kind] = found.get(kind, 0) + file.bytes
+
+    if name:
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(_HUB_SECONDS)
+    room = fit.room.bytes - (fit.need.total - fit.need.weights)
+    return max((kind for kind, size in list(found.items()) if size <= room), key=found.__getitem__, default="")
 
 
 def planned(source: Source, names: Iterable[str] | None = None) -> list[tuple[str, Weights]]:

@@ -12,7 +12,9 @@ from localmix.errors import UsageError
 from localmix.fit import Examiner, Wish, find_gpus, fit_table
 from localmix.memory import GIB, MIB, Available, Verdict, machine
 from localmix.native.devices import PROCESSOR, Device, Placement, choose_gpus, has_gpu_backend
+from localmix.pull_record import Pulled, write_record
 from localmix.simulation import skeleton
+from tests.hub_server import point_to, serve
 from tests.memory_jobs import hollow, write_config
 
 FLOOR = machine(16)
@@ -97,6 +99,24 @@ def test_a_type_that_could_be_made_is_named(home: Path, monkeypatch: pytest.Monk
     path = library.resolve("mixtral:BF16", library.Purpose.RUN)
     remedies = examiner.remedies(examiner.examine(path))
     assert remedies[0] == "`localmix quantize IQ2_S mixtral` makes one that runs well."
+
+
+def test_a_type_that_the_hub_has_is_named(home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LOCALMIX_HOME", str(tmp_path))
+    folder = tmp_path / "mixtral"
+    folder.mkdir()
+    os.link(home / "mixtral" / "mixtral-Q8_0.gguf", folder / "mixtral-Q8_0.gguf")
+    write_record(folder, {"mixtral-Q8_0.gguf": Pulled("org/mixtral-GGUF", "0" * 40, "m-Q8_0.gguf", 1, "", "", 1)})
+    need = Examiner(Wish(), FLOOR).examine(folder / "mixtral-Q8_0.gguf").need
+    examiner = Examiner(Wish(), Available(need.total - need.weights + 3000, "a test"))
+    fit = examiner.examine(folder / "mixtral-Q8_0.gguf")
+    with serve() as hub:
+        sizes = {"m-Q8_0.gguf": 4000, "m-Q2_K.gguf": 1000, "m-Q4_K_M.gguf": 2000, "x.json": 3000}
+        hub.repositories["org/mixtral-GGUF"] = {name: bytes(size) for name, size in sizes.items()}
+        point_to(hub.endpoint, monkeypatch)
+        assert examiner.remedies(fit)[0] == "`localmix pull org/mixtral-GGUF:Q4_K_M` fetches one that runs well."
+    point_to("http://127.0.0.1:9", monkeypatch)  # nobody answers
+    assert "pull" not in " ".join(examiner.remedies(fit))
 
 
 def test_a_gpu_takes_what_it_has_room_for(mixtral: Path) -> None:

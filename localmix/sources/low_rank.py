@@ -46,8 +46,7 @@ def to_stored(values: Floats, dtype: str) -> npt.NDArray[Any]:
     if dtype == "BF16":
         narrow = quantize_rows(TensorType.BF16, np.ascontiguousarray(values, np.float32), None)
         return narrow.view(WEIGHT_DTYPES[dtype])
-    with np.errstate(over="ignore"):  # told by `MergedTensor`, with the place
-        return values.astype(WEIGHT_DTYPES[dtype])
+    return values.astype(WEIGHT_DTYPES[dtype])
 
 
 def read_matrix(tensor: StoredTensor) -> npt.NDArray[np.float32]:
@@ -251,13 +250,14 @@ class MergedTensor(StoredTensor):
         rows = to_floats(self.origin.read_rows(start, stop), self.origin.dtype)
         if is_noting():
             return to_stored(rows, self.dtype)
-        if self.changes:
-            added = [change.added(rows, start) for change in self.changes]  # each to what is stored
-            for change in added:
-                rows = rows + change
-        if self.rows is not None:
-            self.rows.replace(rows, start)
-        found = to_stored(rows, self.dtype)
+        with np.errstate(all="ignore"):  # what is no number is told below, with its place
+            if self.changes:
+                added = [change.added(rows, start) for change in self.changes]  # each to what is stored
+                for change in added:
+                    rows = rows + change
+            if self.rows is not None:
+                self.rows.replace(rows, start)
+            found = to_stored(rows, self.dtype)
         self._check_finite(found, rows, start)
         return found
 

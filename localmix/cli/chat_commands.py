@@ -199,8 +199,41 @@ def _export(talk: Talk, text: str) -> None:
 def _model(talk: Talk, name: str) -> None:
     if name:
         talk.switch_model(name)
-    else:
-        talk.console.fields({"model": talk.model_name, "file": str(talk.conversation.engine.path)})
+        return
+    talk.console.fields({"model": talk.model_name, "file": str(talk.conversation.engine.path)})
+    _show_types(talk)
+
+
+def _show_types(talk: Talk) -> None:
+    """The model's files in the library, what each takes, and whether a machine of the size promised holds it."""
+    from localmix import memory
+    from localmix.fit import fit_table
+    from localmix.table import Column, Table, size
+
+    engine = talk.conversation.engine
+    context, kv_type = engine.settings.context, engine.settings.kv_type
+    floor = memory.machine(memory.FLOOR_GB)
+    found = fit_table(engine.path, floor, contexts=[context], kv_type=kv_type)
+    model, current = library.split_name(engine.path)
+    rows = tuple(
+        (
+            f"{'* ' if row.type == current else ''}{model}:{row.type}",
+            size(row.weights),
+            size(need.total),
+            verdict.value,
+        )
+        for row in found.rows
+        if row.in_library
+        for need, verdict in zip(row.needs, row.verdicts, strict=True)
+    )
+    if rows:
+        columns = (
+            Column("Model", number=False),
+            Column("Size", rank=2),
+            Column("Memory", rank=1),
+            Column(f"In {memory.FLOOR_GB} GB", number=False),
+        )
+        talk.console.table(Table(columns, rows, f"Memory: with a context of {context} in {kv_type}."))
 
 
 def _models(typed: str) -> Iterator[tuple[str, str]]:
@@ -273,7 +306,7 @@ COMMANDS: Mapping[str, Command] = {
         Command("/load", "NAME", "go on with a saved conversation", _load, _session_names),
         Command("/sessions", "", "list the saved conversations", _sessions),
         Command("/export", "[FILE]", "write the conversation as Markdown (.md) or JSON (.json)", _export, paths),
-        Command("/model", "[MODEL]", "go on with another model or type", _model, _models),
+        Command("/model", "[MODEL]", "go on with another model or type; without MODEL list them", _model, _models),
         Command("/stats", "", "tokens, speed and memory of the last reply", _stats),
         Command("/context", "", "what the context holds", _context),
         Command("/clear", "", "start a new conversation", _clear),

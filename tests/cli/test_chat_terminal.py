@@ -280,6 +280,12 @@ def test_chinese_models_and_sessions(valley: CommandLine) -> None:
         terminal.wait("Wilma lives at 47 Apple Court.")
         terminal.type("/context")
         terminal.wait("2 questions")
+        terminal.type("/model")
+        screen = terminal.wait("Memory: with a context of")
+        assert "In 16 GB" in screen
+        assert re.search(r"\* tinymix:Q8_0 .* runs well", screen) and re.search(
+            r"\n *tinymix:Q4_K_M .* runs well", screen
+        )
         terminal.type("/model nobody")
         terminal.wait("There is no model 'nobody'")
         terminal.type("/quit")

@@ -71,6 +71,24 @@ def dequantize_rows(kind: TensorType, rows: npt.NDArray[np.uint8], columns: int)
 
 
 @functools.cache
+def _validator() -> Any:
+    """ggml_validate_row_data with its C signature (ggml.h)."""
+    check = ggml().ggml_validate_row_data
+    check.restype = ctypes.c_bool
+    check.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
+    return check
+
+
+def is_valid(kind: TensorType, rows: npt.NDArray[np.uint8]) -> bool:
+    """Whether ggml takes these bytes for rows of the type: every scale a number. Releases the GIL.
+
+    Args:
+        rows: `[n, row_bytes(kind, columns)]`, C-contiguous.
+    """
+    return bool(_validator()(int(kind), rows.ctypes.data, rows.nbytes))
+
+
+@functools.cache
 def requires_importance(kind: TensorType) -> bool:
     """Whether ggml aborts the process when this type is quantized without an importance row."""
     question = ggml().ggml_quantize_requires_imatrix

@@ -13,53 +13,33 @@ from numpy.typing import NDArray
 
 from localmix.architectures import ARCHITECTURES
 from localmix.convert import convert
-from localmix.native.library import api
 from localmix.native.model import Context, Model
 from localmix.plan import Planner
 from localmix.presets import load_presets
 from localmix.quantize import quantize
 from localmix.sources.open import open_source
 from tests.architectures.record_logits import LOGITS, POSITIONS, STRIDE, TOKENS, compute
+from tests.architectures.vectors import NO_POOLING, vectors_of
 from tests.model_families import CONFIGS, config_of, write_model
 
 RECORDED = json.loads(LOGITS.read_text())
 
 
-def logits_of(path: Path) -> NDArray[np.float32]:
-    """What llama.cpp predicts at `POSITIONS`, `[positions, tokens]`."""
-    with Model(path) as model, Context(model, context_length=64, threads=1) as context:
-        context.decode(TOKENS, list(range(len(TOKENS))), logits=True)
-        return np.array(context.logits())[list(POSITIONS), ::STRIDE]
-
-
-def vectors_of(path: Path) -> NDArray[np.float32]:
-    """The vectors that llama.cpp gives the tokens at `POSITIONS`, without pooling, `[positions, columns]`."""
-    llama = api()
+def found_in(path: Path) -> NDArray[np.float32]:
+    """What llama.cpp makes of `TOKENS` at `POSITIONS`: logits, or vectors where there are none."""
     with Model(path) as model:
-        parameters = llama.llama_context_default_params()
-        parameters.n_ctx, parameters.n_threads, parameters.n_threads_batch = 64, 1, 1
-        parameters.embeddings, parameters.pooling_type = True, 0
-        context = llama.llama_init_from_model(model.handle, parameters)
-        batch = llama.llama_batch_init(len(TOKENS), 0, 1)
-        try:
-            batch.n_tokens = len(TOKENS)
-            for place, token in enumerate(TOKENS):
-                batch.token[place], batch.pos[place], batch.n_seq_id[place] = token, place, 1
-                batch.seq_id[place][0], batch.logits[place] = 0, True
-            assert llama.llama_encode(context, batch) == 0
-            size = llama.llama_model_n_embd(model.handle)
-            rows = [llama.llama_get_embeddings_ith(context, place)[0:size] for place in POSITIONS]
-            return np.array(rows, np.float32)[:, ::STRIDE]
-        finally:
-            llama.llama_batch_free(batch)
-            llama.llama_free(context)
+        if model.metadata("general.architecture") == "bert":
+            return vectors_of(model, TOKENS, NO_POOLING)[list(POSITIONS), ::STRIDE]
+        with Context(model, context_length=64, threads=1) as context:
+            context.decode(TOKENS, list(range(len(TOKENS))), logits=True)
+            return np.array(context.logits())[list(POSITIONS), ::STRIDE]
 
 
 @pytest.mark.parametrize("model", CONFIGS)
 def test_same_logits_as_transformers(tmp_path: Path, model: str) -> None:
     folder = write_model(tmp_path / "model", model)
     convert(folder, tmp_path / "model.gguf", "f32", threads=1)
-    found = (vectors_of if model == "bert" else logits_of)(tmp_path / "model.gguf")
+    found = found_in(tmp_path / "model.gguf")
     difference = np.abs(found - np.array(RECORDED[model]))
     assert difference.max() < 2e-2
 
@@ -68,7 +48,7 @@ def test_same_logits_as_transformers(tmp_path: Path, model: str) -> None:
 def test_quantized_straight_from_the_checkpoint(tmp_path: Path, model: str) -> None:
     """Four bits cost what they cost: rows in a wrong place would cost all."""
     quantize(write_model(tmp_path / "model", model), [(load_presets().find("Q4_K_M"), tmp_path / "q.gguf")], threads=1)
-    found, expected = (vectors_of if model == "bert" else logits_of)(tmp_path / "q.gguf"), np.array(RECORDED[model])
+    found, expected = found_in(tmp_path / "q.gguf"), np.array(RECORDED[model])
     assert np.sqrt(np.mean((found - expected) ** 2)) < 0.35 * expected.std()
 
 

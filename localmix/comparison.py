@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 from collections import Counter
@@ -11,12 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-from localmix import library, worker
+from localmix import library
 from localmix.corpus import Corpus
-from localmix.divergence import Divergence, Reference, open_reference
+from localmix.divergence import Divergence, Reference, Run, open_reference
 from localmix.errors import Interrupted, LocalmixError
 from localmix.gguf_format import tensor_bytes
+from localmix.measuring_child import MeasuringChild
 from localmix.memory import DEFAULT_CONTEXT, trained_context
+from localmix.native.devices import Placement
 from localmix.native.mixture import file_type
 from localmix.perplexity import BrokenReference, Conditions, Perplexity, measure_here
 from localmix.plan import COPY
@@ -30,7 +33,11 @@ from localmix.worker import Report
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to measure: what its row says without measuring."""
+    """A model to measure: what its row says without measuring.
+
+    Attributes:
+        placement, repack: how this one is loaded, where it has its own way; see `perplexity.Conditions`.
+    """
 
     path: Path
     model: str
@@ -38,6 +45,12 @@ class Subject:
     bytes: int
     bpw: float
     trained_context: int
+    placement: Placement | None = None
+    repack: bool = True
+
+    def conditions(self, shared: Conditions) -> Conditions:
+        """Those that all models share, with this one's own place."""
+        return replace(shared, placement=self.placement or shared.placement, repack=self.repack and shared.repack)
 
 
 @dataclass(frozen=True)
@@ -91,6 +104,7 @@ def compare(
     reference: Subject | None = None,
     cache: Cache | None = None,
     progress: Report | None = None,
+    child: MeasuringChild | None = None,
 ) -> Iterator[Measured]:
     """Measure each model; a row comes as soon as it is done, the reference's first.
 
@@ -102,43 +116,70 @@ def compare(
         speed: measure the generation speed too.
         cache: keep the reference's logits there; None to run it beside each model.
         progress: called with (done, in all, the model's type and number and what is counted).
+        child: measures; None for one of its own.
 
     Raises:
         LocalmixError: the only model failed.
     """
-    if reference is None:
-        yield from _compare_alone(subjects, corpus, conditions, speed, _reports(subjects, progress))
-        return
+    with contextlib.ExitStack() as stack:
+        run = (child or stack.enter_context(MeasuringChild())).run
+        if reference is None:
+            yield from _compare_alone(subjects, corpus, conditions, speed, _reports(subjects, progress, speed), run)
+        else:
+            yield from _compare_with(reference, subjects, corpus, conditions, speed, cache, progress, run)
+
+
+def _compare_with(
+    reference: Subject,
+    subjects: Sequence[Subject],
+    corpus: Corpus,
+    conditions: Conditions,
+    speed: bool,
+    cache: Cache | None,
+    progress: Report | None,
+    run: Run,
+) -> Iterator[Measured]:
     # a reference alone is measured against itself
     others = [subject for subject in subjects if not subject.path.samefile(reference.path)] or list(subjects)
-    reports = _reports([reference, *others], progress)
+    reports = _reports([reference, *others], progress, speed)
     try:
-        opened = open_reference(reference.path, corpus, conditions, cache, speed, next(reports))
+        opened = open_reference(
+            reference.path, corpus, reference.conditions(conditions), cache, speed, next(reports), run
+        )
     except Interrupted:
         raise
     except LocalmixError as error:
         yield _failed(reference, corpus, error, is_reference=True)
-        yield from _compare_alone(others, corpus, conditions, speed, reports, may_raise=False)
+        yield from _compare_alone(others, corpus, conditions, speed, reports, run, may_raise=False)
         return
     if opened.perplexity is not None:
         yield _reference_row(reference, corpus, opened, opened.perplexity)
     for number, subject in enumerate(others):
         try:
-            found, beside = opened.measure_both(subject.path, speed, next(reports))
+            found, beside = opened.measure_both(subject.path, speed, next(reports), subject.conditions(conditions), run)
         except Interrupted:
             raise
         except BrokenReference as error:
             yield _failed(reference, corpus, error, is_reference=True)
-            again = _reports([reference, *others], progress)
-            yield from _compare_alone(others[number:], corpus, conditions, speed, again, may_raise=False)
+            again = _reports(others[number:], progress, speed, before=1 + number)
+            yield from _compare_alone(others[number:], corpus, conditions, speed, again, run, may_raise=False)
             return
         except LocalmixError as error:
             yield _failed(subject, corpus, error)
             continue
-        if opened.perplexity is None:
+        if opened.perplexity is None and beside is not None:
             opened = replace(opened, perplexity=beside)
             yield _reference_row(reference, corpus, opened, beside)
         yield Measured(_row(subject, corpus, found), found)
+    if opened.perplexity is not None:
+        return
+    # it ran beside none of them
+    last = _reports([reference], progress, speed)
+    for alone in _compare_alone([reference], corpus, conditions, speed, last, run, may_raise=False):
+        if alone.perplexity is None:
+            yield replace(alone, row=replace(alone.row, is_reference=True))
+        else:
+            yield _reference_row(reference, corpus, opened, alone.perplexity)
 
 
 def _compare_alone(
@@ -147,12 +188,14 @@ def _compare_alone(
     conditions: Conditions,
     speed: bool,
     reports: Iterator[Report],
+    run: Run,
     may_raise: bool = True,
 ) -> Iterator[Measured]:
     """Each model without a reference; a single one raises its error."""
     for subject in subjects:
         try:
-            found = worker.run(measure_here, subject.path, corpus, conditions, speed, progress=next(reports))
+            own = subject.conditions(conditions)
+            found: Perplexity = run(measure_here, subject.path, corpus, own, speed, progress=next(reports))
         except Interrupted:
             raise
         except LocalmixError as error:
@@ -163,14 +206,34 @@ def _compare_alone(
             yield Measured(_row(subject, corpus, found), found)
 
 
-def _reports(subjects: Sequence[Subject], progress: Report | None) -> Iterator[Report]:
-    """A `progress` for each of the models, which says whose it is."""
-    for number, subject in enumerate(subjects, 1):
-        name = f"{subject.type} ({number} of {len(subjects)})" if len(subjects) > 1 else subject.type
+# Of a model's work: a text of usual length takes much longer than the speed.
+_SPEED_SHARE = 0.1
+_STEPS = 1000
 
-        def report(done: int, total: int, what: str, name: str = name) -> None:
-            if progress is not None:
-                progress(done, total, f"{name}: {what}")
+
+def _reports(subjects: Sequence[Subject], progress: Report | None, speed: bool, before: int = 0) -> Iterator[Report]:
+    """A `progress` for each of the models, which says whose it is and how far all of them are.
+
+    Args:
+        before: models of the same work that are done.
+    """
+    count = before + len(subjects)
+    for number, subject in enumerate(subjects, before):
+        name = f"{subject.type} ({number + 1} of {count})" if count > 1 else subject.type
+
+        def report(done: int, total: int, what: str, number: int = number, name: str = name) -> None:
+            if progress is None:
+                return
+            label = f"{name}: {what}"
+            share = done / total if total else 0.0
+            if what == "runs":
+                share = 1 - _SPEED_SHARE * (1 - share)
+            elif what != "chunks":  # another work's units
+                progress(done, total, label)
+                return
+            elif speed:
+                share *= 1 - _SPEED_SHARE
+            progress(round(_STEPS * (number + share)), _STEPS * count, label)
 
         yield report
 

@@ -8,6 +8,7 @@ stands in the second half.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +18,11 @@ from numpy.typing import NDArray
 
 from localmix.corpus import Corpus
 from localmix.errors import UsageError
+from localmix.measuring_child import MeasuringChild
 from localmix.native.devices import default_threads
-from localmix.native.model import Model
-from localmix.perplexity import Conditions, Layout, Tally, cut, decode_chunks, first_token, perplexity_of
+from localmix.perplexity import Conditions, Layout, Tally, cut, decode_chunks, first_token, load, perplexity_of
 from localmix.table import Column, ContextPoint, Table
-from localmix.worker import Channel, Progress, Report, Worker
+from localmix.worker import Channel, Progress, Report
 
 
 def measure_contexts(
@@ -33,6 +34,7 @@ def measure_contexts(
     name: str = "",
     kind: str = "",
     progress: Report | None = None,
+    child: MeasuringChild | None = None,
 ) -> Iterator[ContextPoint]:
     """Measure a model at several contexts; a point comes as soon as it is done, the shortest context first.
 
@@ -43,6 +45,7 @@ def measure_contexts(
         paired: score the same target tokens at every context.
         name, kind: of the model and its type, for the points.
         progress: (windows done, in all, the context).
+        child: measures; None for one of its own.
 
     Raises:
         UsageError: a context is too small.
@@ -50,8 +53,9 @@ def measure_contexts(
         CapacityError: memory does not suffice.
     """
     wanted = sorted(set(contexts))
-    with Worker(_measure_here, model, corpus, wanted, conditions, paired, name, kind) as worker:
-        for event in worker:
+    with contextlib.ExitStack() as stack:
+        child = child or stack.enter_context(MeasuringChild())
+        for event in child.events(_measure_here, model, corpus, wanted, conditions, paired, name, kind):
             if isinstance(event, ContextPoint):
                 yield event
             elif isinstance(event, Progress) and progress is not None:
@@ -69,7 +73,7 @@ def _measure_here(
     kind: str,
 ) -> None:
     threads = conditions.threads or default_threads()
-    with Model(path, placement=conditions.placement, cancelled=channel.cancelled) as model:
+    with load(path, conditions, channel) as model:
         longest = cut(model, corpus, replace(conditions, ctx=contexts[-1]))
         for ctx in contexts:
             if paired:

@@ -13,9 +13,10 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,11 +37,16 @@ from localmix.perplexity import (
     cut,
     decode_chunks,
     describe,
+    load,
+    measure_here,
     time_generation,
 )
 from localmix.reference import Cache, Recorder, Shape, StoredReference
 from localmix.speed import Speed
 from localmix.worker import Channel, Report
+
+# `worker.run`, or that of a child that lasts
+Run = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -99,25 +105,37 @@ class Reference:
     def measure(self, model: Path, speed: bool = False, progress: Report | None = None) -> Perplexity:
         """Measure a model against it, in a child process.
 
+        One that splits the text into other tokens has its perplexity, no divergence, and a note.
+
         Args:
             model: a GGUF file.
             speed: measure the generation speed too.
             progress: (chunks done, chunks in all, "chunks").
 
         Raises:
-            InputError: the model is broken, or splits the text into other tokens than the reference.
+            InputError: the model is broken.
             BrokenReference: the reference gives a number that is not finite.
             CapacityError: memory does not suffice.
         """
         return self.measure_both(model, speed, progress)[0]
 
     def measure_both(
-        self, model: Path, speed: bool = False, progress: Report | None = None
-    ) -> tuple[Perplexity, Perplexity]:
-        """As `measure`, and the reference's own perplexity."""
+        self,
+        model: Path,
+        speed: bool = False,
+        progress: Report | None = None,
+        conditions: Conditions | None = None,
+        run: Run = worker.run,
+    ) -> tuple[Perplexity, Perplexity | None]:
+        """As `measure`, and the reference's own perplexity; None if it has not run.
+
+        Args:
+            conditions: of the model, where it is placed otherwise than the reference.
+            run: who runs the job.
+        """
         found: Perplexity
-        beside: Perplexity
-        found, beside = worker.run(_measure_here, model, self, speed, progress=progress)
+        beside: Perplexity | None
+        found, beside = run(_measure_here, model, self, conditions or self.conditions, speed, progress=progress)
         return found, self.perplexity or beside
 
 
@@ -128,6 +146,7 @@ def open_reference(
     cache: Cache | None = None,
     speed: bool = False,
     progress: Report | None = None,
+    run: Run = worker.run,
 ) -> Reference:
     """Make a reference ready: from the cache, or measured now and kept there for the next time.
 
@@ -138,6 +157,7 @@ def open_reference(
         cache: where to keep its logits.
         speed: measure its generation speed too, if it runs now or is in the cache.
         progress: (done, in all, what is counted).
+        run: who runs the job.
 
     Raises:
         InputError: the reference is broken, or a chunk gives no finite number.
@@ -152,11 +172,12 @@ def open_reference(
         found = _look_up(stored, path, corpus, conditions)
     if found is not None:
         if speed:
-            timed = worker.run(_time_here, path, conditions, progress=progress)
+            timed: Speed = run(_time_here, path, conditions, progress=progress)
+            assert timed.prompt_tps
             found = replace(found, speed=timed, prompt_ms_per_token=1000 / timed.prompt_tps)
         return Reference(path, corpus, conditions, stored, found)
     recorded: Perplexity | str
-    recorded = worker.run(_record_here, path, corpus, conditions, speed, cache, stored, progress=progress)
+    recorded = run(_record_here, path, corpus, conditions, speed, cache, stored, progress=progress)
     if isinstance(recorded, str):
         return Reference(path, corpus, conditions, None, None, (f"{recorded} It runs beside each model instead.",))
     return Reference(path, corpus, conditions, stored, recorded)
@@ -214,8 +235,8 @@ def _look_up(stored: Path, path: Path, corpus: Corpus, conditions: Conditions) -
 
 
 def _time_here(channel: Channel, path: Path, conditions: Conditions) -> Speed:
-    with Model(path, placement=conditions.placement, cancelled=channel.cancelled) as model:
-        return time_generation(channel, model, conditions.threads or default_threads())
+    with load(path, conditions, channel) as model:
+        return time_generation(channel, model, conditions.threads or default_threads(), conditions, with_prompt=True)
 
 
 def _record_here(
@@ -229,10 +250,7 @@ def _record_here(
 ) -> Perplexity | str:
     """Measure the reference and keep its logits; why not, if they cannot be kept."""
     threads = conditions.threads or default_threads()
-    with (
-        Model(path, placement=conditions.placement, cancelled=channel.cancelled) as model,
-        contextlib.ExitStack() as stack,
-    ):
+    with load(path, conditions, channel) as model, contextlib.ExitStack() as stack:
         chunks = cut(model, corpus, conditions)
         shape = Shape.of(chunks, model.vocabulary.size)
         try:
@@ -261,7 +279,7 @@ def _record_here(
             seconds=seconds,
             decoding_seconds=stopwatch.seconds,
             memory=memory,
-            speed=time_generation(channel, model, threads) if with_speed else None,
+            speed=time_generation(channel, model, threads, conditions) if with_speed else None,
         )
 
 
@@ -291,40 +309,51 @@ class _Beside:
         return lambda sequence, start, end: other.logits[sequence, start - other.scored : end - other.scored]
 
 
+class _OtherTokensError(Exception):
+    """The model splits the text otherwise than the reference, or has a vocabulary of another size."""
+
+
 def _measure_here(
-    channel: Channel, path: Path, reference: Reference, with_speed: bool
-) -> tuple[Perplexity, Perplexity]:
+    channel: Channel, path: Path, reference: Reference, conditions: Conditions, with_speed: bool
+) -> tuple[Perplexity, Perplexity | None]:
     """The child's part of `Reference.measure_both`."""
-    corpus, conditions = reference.corpus, reference.conditions
+    try:
+        return _measure_paired(channel, path, reference, conditions, with_speed)
+    except _OtherTokensError:
+        alone = measure_here(channel, path, reference.corpus, conditions, with_speed)
+        note = (
+            f"{path.name} and {reference.path.name} do not have the same tokens: their predictions cannot be"
+            " compared. A reference is the same model in higher precision."
+        )
+        return replace(alone, notes=(*alone.notes, note)), None
+
+
+def _measure_paired(
+    channel: Channel, path: Path, reference: Reference, conditions: Conditions, with_speed: bool
+) -> tuple[Perplexity, Perplexity]:
+    corpus = reference.corpus
     threads = conditions.threads or default_threads()
     layout = Layout.for_chunks(conditions.ctx, conditions.rope, conditions.kv_type)
-    with (
-        Model(path, placement=conditions.placement, cancelled=channel.cancelled) as model,
-        contextlib.ExitStack() as stack,
-    ):
+    with load(path, conditions, channel) as model, contextlib.ExitStack() as stack:
         chunks = cut(model, corpus, conditions)
-        tally = Tally(chunks, threads, paired=True)
         logits: _Stored | _Beside
         other: Model | None = None
         shape = Shape.of(chunks, model.vocabulary.size)
         if reference.stored is not None:
             file = stack.enter_context(StoredReference(reference.stored))
             same, trained = file.shape == shape, file.trained_context
-            logits = _Stored(file, tally.first)
         else:
-            other = stack.enter_context(
-                Model(reference.path, placement=conditions.placement, cancelled=channel.cancelled)
-            )
+            other = stack.enter_context(load(reference.path, reference.conditions, channel))
             same = Shape.of(cut(other, corpus, conditions), other.vocabulary.size) == shape
             trained = other.trained_context
+        if not same:
+            raise _OtherTokensError
+        tally = Tally(chunks, threads, paired=True)
+        if other is None:
+            logits = _Stored(file, tally.first)
+        else:
             other_context = stack.enter_context(layout.open(other, threads, channel))
             logits = _Beside(decode_chunks(other_context, chunks, layout, tally.first))
-        if not same:
-            raise InputError(
-                f"{path.name} and {reference.path.name} do not have the same tokens:"
-                " their predictions cannot be compared.",
-                "A reference is the same model in higher precision.",
-            )
         stopwatch = Stopwatch()
         began = time.perf_counter()
         # the tally ends first: its threads read what the contexts own
@@ -346,7 +375,7 @@ def _measure_here(
             seconds=seconds,
             decoding_seconds=stopwatch.seconds,
             memory=memory,
-            speed=time_generation(channel, model, threads) if with_speed else None,
+            speed=time_generation(channel, model, threads, conditions) if with_speed else None,
         )
         timed = other if with_speed and reference.perplexity is None else None
         beside = describe(
@@ -356,7 +385,7 @@ def _measure_here(
             tally.reference_nll,
             trained=trained,
             threads=threads,
-            speed=time_generation(channel, timed, threads) if timed else None,
+            speed=time_generation(channel, timed, threads, reference.conditions) if timed else None,
         )
         return _against(found, beside, tally), beside
 

@@ -6,16 +6,25 @@ Memory of a GPU is not counted. Linux can forget an earlier peak; elsewhere a pe
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import re
 import sys
 from pathlib import Path
 
 
-def forget_peak() -> None:
-    """Begin again with what is held now, where the system can."""
-    with contextlib.suppress(OSError):
+def forget_peak() -> bool:
+    """Begin again with what is held now; False where the system cannot."""
+    if sys.platform != "linux":
+        return False
+    with contextlib.suppress(OSError, AttributeError):  # a C library without it
+        # glibc keeps what was freed, and it would count as the next model's
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
         # proc_pid_clear_refs(5): 5 resets the peak
         Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
 
 
 def peak() -> int:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 # llama-perplexity's defaults: its numbers depend on them in the last digits
 BATCH, MICRO_BATCH = 2048, 512
+LEAST_CELLS = 256
 ENGINE = f"llama.cpp {LLAMA_CPP_COMMIT}"
 
 # Rows of the reference for one chunk of a part: (number of the chunk in the part, first position, end).
@@ -57,6 +58,7 @@ class Conditions:
         threads: None for the machine's fast cores; changes the speed only.
         rope: how positions are stretched.
         placement: what lies on a GPU.
+        repack: whether weights may be copied in the processor's own order; see `native.model.Model`.
         kv_type: of the KV cache: `f16`, `q8_0` or `q4_0`.
     """
 
@@ -66,6 +68,7 @@ class Conditions:
     rope: RopeScaling | None = None
     placement: Placement = ANYWHERE
     kv_type: str = "f16"
+    repack: bool = True
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,7 @@ def measure(
 def measure_here(channel: Channel, path: Path, corpus: Corpus, conditions: Conditions, with_speed: bool) -> Perplexity:
     """The child's part of `measure`."""
     threads = conditions.threads or default_threads()
-    with Model(path, placement=conditions.placement, cancelled=channel.cancelled) as model:
+    with load(path, conditions, channel) as model:
         chunks = cut(model, corpus, conditions)
         tally = Tally(chunks, threads)
         stopwatch = Stopwatch()
@@ -164,7 +167,7 @@ def measure_here(channel: Channel, path: Path, corpus: Corpus, conditions: Condi
                 part.report(channel, len(chunks), conditions.ctx)
         seconds = time.perf_counter() - began
         memory = peak_memory.peak()
-        speed = time_generation(channel, model, threads) if with_speed else None
+        speed = time_generation(channel, model, threads, conditions) if with_speed else None
         return describe(
             path,
             corpus,
@@ -177,6 +180,11 @@ def measure_here(channel: Channel, path: Path, corpus: Corpus, conditions: Condi
             memory=memory,
             speed=speed,
         )
+
+
+def load(path: Path, conditions: Conditions, channel: Channel) -> Model:
+    """The model, placed as the conditions say."""
+    return Model(path, placement=conditions.placement, repack=conditions.repack, cancelled=channel.cancelled)
 
 
 def cut(model: Model, corpus: Corpus, conditions: Conditions) -> NDArray[np.int32]:
@@ -199,11 +207,17 @@ def first_token(model: Model) -> int | None:
     return model.vocabulary.bos if model.vocabulary.add_bos else None
 
 
-def time_generation(channel: Channel, model: Model, threads: int) -> Speed:
-    """The speed of a loaded model."""
-    from localmix.speed import time_model  # most measurements do without
+def time_generation(
+    channel: Channel, model: Model, threads: int, conditions: Conditions, with_prompt: bool = False
+) -> Speed:
+    """The speed of a loaded model.
 
-    return time_model(channel, model, threads)
+    Args:
+        with_prompt: of reading too, for a model whose perplexity was not measured now.
+    """
+    from localmix.speed import PROMPT, time_model  # most measurements do without
+
+    return time_model(channel, model, threads, PROMPT if with_prompt else 0, kv_type=conditions.kv_type)
 
 
 def describe(
@@ -297,15 +311,22 @@ class Layout:
         """The layout for chunks of this many tokens."""
         return cls(context, max(1, BATCH // context), rope, kv_type)
 
+    @property
+    def cells(self) -> int:
+        """Positions of the KV cache."""
+        return self.parallel * self.context
+
     def open(self, model: Model, threads: int, channel: Channel, callback: EvalCallback | None = None) -> Context:
         """A context for it."""
         cache = TensorType[self.kv_type.upper()]
         return Context(
             model,
-            context_length=self.parallel * self.context,
+            context_length=self.cells,
             batch=MICRO_BATCH,
             micro_batch=MICRO_BATCH,
             sequences=self.parallel,
+            # llama.cpp gives each sequence at least this many cells where it has its own
+            unified=self.context < LEAST_CELLS,
             threads=threads,
             type_k=cache,
             type_v=cache,

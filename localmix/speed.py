@@ -25,6 +25,8 @@ from localmix.worker import Channel, Progress, Report, Worker
 
 # llama-bench's defaults
 PROMPT, GENERATED, REPETITIONS = 512, 128, 5
+# for a column beside others, where the perplexity's own pass has timed the prompt
+FEW_REPETITIONS = 3
 BATCH, MICRO_BATCH = 2048, 512
 # what llama.cpp's tools take for a KV cache
 KV_TYPES = ("f16", "q8_0", "q4_0", "bf16", "f32", "q4_1", "q5_0", "q5_1", "iq4_nl")
@@ -324,14 +326,14 @@ class Speed:
     """Speeds of a model, mean and standard deviation over the repetitions.
 
     Attributes:
-        prompt: tokens of the prompt, read at `prompt_tps` tokens per second.
+        prompt: tokens of the prompt, read at `prompt_tps` tokens per second; 0 and None if none was.
         generated: tokens generated after an empty prompt, at `generation_tps` tokens per second.
         ms_per_token: milliseconds for each generated token.
     """
 
     prompt: int
-    prompt_tps: float
-    prompt_deviation: float
+    prompt_tps: float | None
+    prompt_deviation: float | None
     generated: int
     generation_tps: float
     generation_deviation: float
@@ -344,27 +346,33 @@ def time_model(
     channel: Channel,
     model: Model,
     threads: int,
-    prompt: int = PROMPT,
+    prompt: int = 0,
     generated: int = GENERATED,
-    repetitions: int = REPETITIONS,
+    repetitions: int = FEW_REPETITIONS,
+    kv_type: str = "f16",
 ) -> Speed:
-    """Measure a loaded model; for a job that has it open anyway."""
-    settings = Settings(threads)
+    """Measure a loaded model; for a job that has it open anyway.
+
+    Args:
+        prompt: tokens; 0 to measure the generation only.
+    """
+    settings = Settings(threads, kv_type=kv_type)
     points: list[SpeedPoint] = []
+    tests = [SpeedTest(prompt, 0)] if prompt else []
+    tests.append(SpeedTest(0, generated))
 
     def report(done: int, _: str) -> None:
-        channel.progress(len(points) * repetitions + done, 2 * repetitions, "runs")
+        channel.progress(len(points) * repetitions + done, len(tests) * repetitions, "runs")
 
-    tests = (SpeedTest(prompt, 0), SpeedTest(0, generated))
     for test, nanoseconds in _time(channel, model, settings, tests, repetitions, report):
         points.append(SpeedPoint(model.path, test, settings, nanoseconds))
         report(0, "")
-    reading, generating = points
-    assert reading.tps and generating.tps and generating.ms_per_token
+    reading, generating = points[0] if prompt else None, points[-1]
+    assert generating.tps and generating.ms_per_token
     return Speed(
         prompt=prompt,
-        prompt_tps=reading.tps,
-        prompt_deviation=reading.deviation or 0.0,
+        prompt_tps=reading.tps if reading else None,
+        prompt_deviation=reading.deviation if reading else None,
         generated=generated,
         generation_tps=generating.tps,
         generation_deviation=generating.deviation or 0.0,

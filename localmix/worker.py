@@ -208,6 +208,7 @@ class Worker:
         self.subject = str(subject) if subject is not None else ""
         self._events: queue.Queue[tuple[str, Any]] = queue.Queue()
         self._sent = 0
+        self._logged = 0
         self._finished = False
         self._process: subprocess.Popen[bytes] | None = None
         self.result: Any = None
@@ -251,8 +252,12 @@ class Worker:
         return self._started().pid
 
     def send(self, message: object) -> None:
-        """Give the child a message, for its `channel.receive`."""
+        """Give the child a message, for its `channel.receive`.
+
+        What it logged before does not count as its last words any more.
+        """
         self._sent += 1
+        self._logged = os.fstat(self._log.fileno()).st_size
         self._request(pickle.dumps(("message", self._sent, message), protocol=pickle.HIGHEST_PROTOCOL))
 
     def cancel(self) -> None:
@@ -328,7 +333,7 @@ class Worker:
         process = self._started()
         if process.poll() is None:  # it closed its end without dying
             process.kill()
-        self._log.seek(max(0, self._log.seek(0, os.SEEK_END) - LOG_BYTES))
+        self._log.seek(max(self._logged, self._log.seek(0, os.SEEK_END) - LOG_BYTES))
         log = self._log.read().decode("utf-8", "replace")
         return explain_death(process.wait(), log, self.subject)
 

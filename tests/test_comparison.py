@@ -13,9 +13,11 @@ from localmix.comparison import Measured, averages, compare, judge, look_at
 from localmix.corpus import Corpus, read_corpus
 from localmix.divergence import Divergence
 from localmix.errors import InputError
+from localmix.measuring_child import MeasuringChild
 from localmix.perplexity import Conditions, Perplexity
 from localmix.reference import Cache
 from localmix.table import QuantizationRow
+from tests import measuring_jobs
 from tests.random_model import write_random_model
 from tests.texts import write_text
 
@@ -77,6 +79,38 @@ def test_a_reference_alone_is_measured_against_itself(models: dict[str, Path], c
     rows = [measured.row for measured in compare([one], corpus, CONDITIONS, False, one)]
     assert [row.is_reference for row in rows] == [True, False]
     assert rows[1].divergence is not None and rows[1].divergence.mean <= 1e-6
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_model_with_other_tokens_has_its_perplexity(
+    models: dict[str, Path], corpus: Corpus, tmp_path: Path, cached: bool
+) -> None:
+    longer = look_at(write_random_model(tmp_path / "longer-F32.gguf", layers=1, embedding_rows=300))
+    cache = Cache(tmp_path / "cache") if cached else None
+    for subjects in ([longer], [longer, look_at(models["two"])]):
+        done = list(compare(subjects, corpus, CONDITIONS, False, look_at(models["one"]), cache))
+        rows = {measured.row.model: measured.row for measured in done}
+        assert rows["one"].is_reference and rows["one"].ppl
+        assert rows["longer"].ppl and rows["longer"].divergence is None and not rows["longer"].failed
+        assert len(rows) == 1 + len(subjects) and ("two" not in rows or rows["two"].divergence)
+        notes = [note for measured in done if measured.perplexity for note in measured.perplexity.notes]
+        assert sum("do not have the same tokens" in note for note in notes) == 1
+
+
+def test_a_model_that_kills_the_child_leaves_the_others(
+    models: dict[str, Path], corpus: Corpus, tmp_path: Path
+) -> None:
+    lethal = write_random_model(tmp_path / "lethal-F32.gguf", layers=1, duplicate=True)
+    subjects = [look_at(path) for path in (models["two"], lethal, models["one"])]
+    with MeasuringChild() as child:
+        first = child.run(measuring_jobs.process_id)
+        found = compare(subjects, corpus, CONDITIONS, False, child=child)
+        rows = [next(found).row]
+        assert child.run(measuring_jobs.process_id) == first
+        rows += [measured.row for measured in found]
+        assert child.run(measuring_jobs.process_id) != first
+    assert [(row.model, row.failed) for row in rows] == [("two", False), ("lethal", True), ("one", False)]
+    assert "lethal-F32.gguf makes llama.cpp abort" in rows[1].failure
 
 
 def test_the_only_model_raises_its_error(models: dict[str, Path], corpus: Corpus) -> None:

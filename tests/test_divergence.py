@@ -12,7 +12,7 @@ from localmix.corpus import read_corpus
 from localmix.divergence import Divergence, measure_divergence, open_reference
 from localmix.errors import InputError
 from localmix.native.model import Context, Model
-from localmix.perplexity import BrokenReference, Conditions
+from localmix.perplexity import BrokenReference, Conditions, measure
 from localmix.reference import Cache
 from tests.random_model import write_random_model
 from tests.texts import write_text
@@ -117,11 +117,14 @@ def test_a_cached_reference_does_not_run_again(dense: Path, other: Path, text: P
     assert second.measure(other).ppl == first.measure(other).ppl
 
 
-def test_other_tokens_are_refused(random_model: Path, tmp_path: Path, text: Path, cache: Cache) -> None:
+def test_other_tokens_leave_the_perplexity(random_model: Path, tmp_path: Path, text: Path, cache: Cache) -> None:
     longer = write_random_model(tmp_path / "longer.gguf", embedding_rows=300)
+    alone = measure(longer, text, 128, 2, threads=1)
     for kept in (cache, None):
-        with pytest.raises(InputError, match=r"longer\.gguf and random\.gguf do not have the same tokens"):
-            measure_divergence(random_model, [longer], text, 128, 2, threads=1, cache=kept)
+        (found,) = measure_divergence(random_model, [longer], text, 128, 2, threads=1, cache=kept)
+        assert (found.ppl, found.error) == (alone.ppl, alone.error)
+        assert found.divergence is None and found.delta_ppl is None and found.reference == ""
+        assert found.notes[-1].startswith("longer.gguf and random.gguf do not have the same tokens")
 
 
 def test_numbers_that_are_none_say_whose_they_are(random_model: Path, tmp_path: Path, text: Path, cache: Cache) -> None:

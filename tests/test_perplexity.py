@@ -22,7 +22,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text(tmp_path_factory.mktemp("texts") / "text.txt", 6000)
 
 
-@pytest.mark.parametrize(("ctx", "limit"), [(128, 5), (200, None), (512, None), (2048, None)])
+@pytest.mark.parametrize(("ctx", "limit"), [(16, 100), (128, 5), (200, None), (512, None), (2048, None)])
 def test_it_is_the_mean_over_the_second_halves(random_model: Path, text: Path, ctx: int, limit: int | None) -> None:
     """Chunk by chunk, each alone in a context: no sequences side by side, no micro-batches."""
     steps: list[tuple[int, int, str]] = []
@@ -49,6 +49,14 @@ def test_it_is_the_mean_over_the_second_halves(random_model: Path, text: Path, c
     assert found.speed is None and found.seconds > 0
     assert (found.threads, found.engine) == (1, f"llama.cpp {LLAMA_CPP_COMMIT}")
     assert found.memory_bytes is not None and found.memory_bytes > random_model.stat().st_size
+
+
+def test_many_short_chunks_share_one_small_cache(random_model: Path, text: Path) -> None:
+    """Each alone would have at least 256 cells: at 16 tokens that is 16 times the memory."""
+    short = measure(random_model, text, 16, 256, threads=1)
+    long = measure(random_model, text, 2048, 2, threads=1)
+    assert short.memory_bytes is not None and long.memory_bytes is not None
+    assert short.memory_bytes < long.memory_bytes + (8 << 20)
 
 
 def test_speed_comes_with_it_and_a_long_context_is_noted(tmp_path: Path, text: Path) -> None:

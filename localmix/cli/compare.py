@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import click
 
 from localmix.cli.console import Console
+from localmix.cli.memory_check import placement_options
 from localmix.cli.parameters import MODEL, examples, json_option, markdown_option, rope_options, threads_option
-from localmix.cli.ppl import LEAST_CONTEXT, cache_options
+from localmix.cli.ppl import LEAST_CONTEXT, cache_options, placer
 
 if TYPE_CHECKING:
     from localmix.comparison import Measured
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 @cache_options
 @click.option("--speed/--no-speed", default=False, help="Measure milliseconds per generated token too.")
 @rope_options
+@placement_options
 @threads_option
 @markdown_option
 @json_option
@@ -57,6 +59,10 @@ def command(
     cache: Cache | None,
     speed: bool,
     rope: RopeScaling | None,
+    device: str,
+    gpu_layers: int | None,
+    experts: str,
+    kv_type: str,
     threads: int | None,
     markdown: bool,
     json: bool,
@@ -66,43 +72,52 @@ def command(
     Both predict the same tokens, so the error of their difference is much smaller than that of each
     perplexity. The verdict takes two standard errors for a difference.
     """
-    from localmix import library
-    from localmix.comparison import common_context, compare, judge, look_at
-    from localmix.corpus import find_corpora
-    from localmix.errors import InputError, UsageError
-    from localmix.perplexity import Conditions
-    from localmix.provenance import Provenance
-    from localmix.table import quantization_table
+    from localmix.measuring_child import MeasuringChild
 
     console = Console(json)
-    texts = find_corpora([corpus])
-    if len(texts) > 1:
-        raise UsageError(f"{corpus} holds {len(texts)} texts, and two models are compared on one.")
-    subjects = [look_at(library.resolve(model, library.Purpose.MEASURE)) for model in (first, second)]
-    if subjects[0].path.samefile(subjects[1].path):
-        raise UsageError(f"{first} and {second} are the same file.", "Name two models.")
-    against = look_at(library.resolve(reference, library.Purpose.PRECISE)) if reference else subjects[0]
-    ctx = context or common_context([*subjects, against])
-    conditions = Conditions(ctx, chunks, threads, rope)
+    with MeasuringChild() as child:  # gets ready while this process imports and looks
+        from localmix import library
+        from localmix.comparison import common_context, compare, judge, look_at
+        from localmix.corpus import find_corpora
+        from localmix.errors import InputError, UsageError
+        from localmix.perplexity import Conditions
+        from localmix.provenance import Provenance
+        from localmix.table import quantization_table
 
-    done: list[Measured] = []
-    with console.progress() as progress:
-        done.extend(compare(subjects, texts[0], conditions, speed, against, cache, progress))
-    library.remember([subject.path for subject in subjects])
-    pair = [next((one for one in done if one.row.path == subject.path), None) for subject in subjects]
-    verdict = judge(pair[0], pair[1]) if all(one and not one.row.failed for one in pair) else None  # type: ignore[arg-type]
-    scored = [(texts[0].name, one.row.tokens, one.row.chunks) for one in done if one.row.tokens]
-    provenance = Provenance.of(texts, scored, conditions, reference=against.path.name)
+        texts = find_corpora([corpus])
+        if len(texts) > 1:
+            raise UsageError(f"{corpus} holds {len(texts)} texts, and two models are compared on one.")
+        subjects = [look_at(library.resolve(model, library.Purpose.MEASURE)) for model in (first, second)]
+        if subjects[0].path.samefile(subjects[1].path):
+            raise UsageError(f"{first} and {second} are the same file.", "Name two models.")
+        against = look_at(library.resolve(reference, library.Purpose.PRECISE)) if reference else subjects[0]
+        ctx = context or common_context([*subjects, against])
+        conditions = Conditions(ctx, chunks, threads, rope, kv_type=kv_type)
+        place = placer(console, ctx, kv_type, device, gpu_layers, experts)
+        subjects = [place(subject) for subject in subjects]
+        against = place(against)
 
-    def draw() -> None:
-        console.table(quantization_table([one.row for one in done], provenance.caption), markdown)
-        if verdict is not None:
-            console.line()
-            console.line(verdict.sentence, "bold")
+        done: list[Measured] = []
+        with console.progress() as progress:
+            done.extend(compare(subjects, texts[0], conditions, speed, against, cache, progress, child))
+        library.remember([subject.path for subject in subjects])
+        pair = [next((one for one in done if one.row.path == subject.path), None) for subject in subjects]
+        alike = all(one and (one.row.is_reference or one.row.divergence) and not one.row.failed for one in pair)
+        verdict = judge(pair[0], pair[1]) if alike else None  # type: ignore[arg-type]
+        scored = [(texts[0].name, one.row.tokens, one.row.chunks) for one in done if one.row.tokens]
+        provenance = Provenance.of(texts, scored, conditions, reference=against.path.name)
 
-    rows = [one.row for one in done]
-    console.result({"ctx": ctx, **asdict(provenance), "rows": rows, "verdict": verdict}, draw)
-    for one in done:
-        if one.row.failed:
-            console.warn(f"{one.row.path.name if one.row.path else one.row.title}: {one.row.failure}")
-    return InputError.exit_code if verdict is None else 0
+        def draw() -> None:
+            console.table(quantization_table([one.row for one in done], provenance.caption), markdown)
+            if verdict is not None:
+                console.line()
+                console.line(verdict.sentence, "bold")
+
+        rows = [one.row for one in done]
+        console.result({"ctx": ctx, **asdict(provenance), "rows": rows, "verdict": verdict}, draw)
+        for note in sorted({note for one in done if one.perplexity for note in one.perplexity.notes}):
+            console.warn(note)
+        for one in done:
+            if one.row.failed:
+                console.warn(f"{one.row.path.name if one.row.path else one.row.title}: {one.row.failure}")
+        return InputError.exit_code if verdict is None else 0

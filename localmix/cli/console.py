@@ -182,7 +182,7 @@ class _Speed:
     def report(self, done: int, total: int) -> tuple[str, str]:
         """The speed and the time left, each as text or empty."""
         now = time.monotonic()
-        if self._start is None:
+        if self._start is None or done < self._start[1]:  # another part of the work, in units of its own
             self._start = now, done
         seconds, units = now - self._start[0], done - self._start[1]
         if units <= 0 or seconds <= 0:

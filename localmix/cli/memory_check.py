@@ -122,6 +122,7 @@ class MemoryCheck:
 
         self._console = console
         wish = Wish(context, kv_type, device, gpu_layers, experts)
+        self._told: set[str] = set()
         room = memory.available()
         if draft is not None:
             room = Examiner(wish, room).beside(draft)
@@ -147,9 +148,7 @@ class MemoryCheck:
         context = fit.setting.context
         if context > fit.trained:
             self._console.warn(f"{path.name} was trained for a context of {fit.trained}; beyond it replies get worse.")
-        for note in fit.notes:
-            self._console.warn(note)
-        choice = Choice(context, fit.setting.kv_type, fit.placement, fit.repack, fit.need)
+        choice = self._choose(fit)
         if fit.verdict is Verdict.RUNS_WELL:
             return choice
         _draw_need(self._console, fit)
@@ -159,6 +158,27 @@ class MemoryCheck:
             return choice
         anyway = "Or go on anyway with --force." if context <= _LONGEST_CONTEXT else "Ask for less with --ctx."
         raise CapacityError(message, f"{remedies} {anyway}".lstrip())
+
+    def advise(self, path: Path) -> Choice:
+        """As `check`, but a model that does not fit is only warned about, and its context is the command's matter.
+
+        Raises:
+            UsageError: there is no such device.
+        """
+        from localmix.memory import Verdict
+
+        fit = self._examiner.examine(path)
+        if fit.verdict is not Verdict.RUNS_WELL:
+            self._console.warn(_sentence(fit))
+        return self._choose(fit)
+
+    def _choose(self, fit: Fit) -> Choice:
+        """How to load it; says what is worth knowing, once."""
+        for note in fit.notes:
+            if note not in self._told:
+                self._console.warn(note)
+        self._told.update(fit.notes)
+        return Choice(fit.setting.context, fit.setting.kv_type, fit.placement, fit.repack, fit.need)
 
 
 def _sentence(fit: Fit) -> str:

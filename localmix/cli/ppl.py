@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import click
 
 from localmix.cli.console import WEIGHTS, Console
+from localmix.cli.memory_check import placement_options
 from localmix.cli.parameters import (
     FILE,
     MODEL,
@@ -30,6 +31,7 @@ from localmix.cli.parameters import (
 if TYPE_CHECKING:
     from localmix.comparison import Measured, Subject
     from localmix.corpus import Corpus
+    from localmix.measuring_child import MeasuringChild
     from localmix.perplexity import Conditions
     from localmix.published import PublishedTable
     from localmix.reference import Cache
@@ -107,6 +109,7 @@ def cache_options(function: Command) -> Command:
 @click.option("--plot", type=FILE, help="Write the plots as FILE.png or FILE.svg.")
 @click.option("--csv", is_flag=True, help="The table as CSV.")
 @rope_options
+@placement_options
 @threads_option
 @markdown_option
 @json_option
@@ -132,6 +135,10 @@ def command(
     plot: Path | None,
     csv: bool,
     rope: RopeScaling | None,
+    device: str,
+    gpu_layers: int | None,
+    experts: str,
+    kv_type: str,
     threads: int | None,
     markdown: bool,
     json: bool,
@@ -143,14 +150,11 @@ def command(
 
     With --kld the table also has the difference of each perplexity to the reference's, with the error of the
     paired differences, the Kullback-Leibler divergence of the predictions, and how often both hold the same
-    token likeliest. Memory is the peak of the process that measured, mapped weights included.
+    token likeliest. Memory is the peak of the process that measured, mapped weights included. Generation is
+    timed over 3 runs of 128 tokens after an empty prompt; `localmix bench` does it at length.
     """
-    from localmix import library
-    from localmix.comparison import common_context, look_at
-    from localmix.corpus import find_corpora
-    from localmix.errors import InputError, UsageError
-    from localmix.perplexity import Conditions
-    from localmix.presets import load_presets
+    from localmix.errors import UsageError
+    from localmix.measuring_child import MeasuringChild
     from localmix.published import find
 
     console = Console(json)
@@ -163,36 +167,67 @@ def command(
         raise UsageError("--csv is another form than --markdown and --json.", "Choose one.")
     outputs = _Outputs(console, html, plot, markdown, csv)
     beside = find(published) if published else None
-    texts = find_corpora(corpora)  # before anything is quantized for it
     names = parse_types(types) if types else []
-    names += [name for name in (load_presets().find_set(set_name) if set_name else ()) if name not in names]
-    if names:
-        if len(models) > 1:
-            raise UsageError("--types and --set take one model.", "Name the other files without them.")
-        paths = _all_types(console, models[0] if models else None, names, threads)
-    else:
-        paths = [library.resolve(model, library.Purpose.MEASURE) for model in models or (None,)]
-    subjects = [look_at(path) for path in paths]
-    compared = look_at(library.resolve(reference, library.Purpose.PRECISE)) if reference is not None else None
-    if contexts is None:
-        contexts = [common_context([*subjects, *([compared] if compared else [])])]
-    conditions = Conditions(contexts[0], chunks, threads, rope)
+    if set_name:
+        from localmix.presets import load_presets
 
-    if curve:
-        code = _measure_curve(outputs, subjects, texts, contexts, conditions, paired, beside)
+        names += [name for name in load_presets().find_set(set_name) if name not in names]
+    if names and len(models) > 1:
+        raise UsageError("--types and --set take one model.", "Name the other files without them.")
+
+    with MeasuringChild() as child:  # gets ready while this process imports and looks
+        from localmix import library
+        from localmix.comparison import common_context, look_at
+        from localmix.corpus import find_corpora
+        from localmix.errors import InputError
+        from localmix.perplexity import Conditions
+
+        texts = find_corpora(corpora)  # before anything is quantized for it
+        if names:
+            paths = _all_types(console, models[0] if models else None, names, threads)
+        else:
+            paths = [library.resolve(model, library.Purpose.MEASURE) for model in models or (None,)]
+        subjects = [look_at(path) for path in paths]
+        compared = look_at(library.resolve(reference, library.Purpose.PRECISE)) if reference is not None else None
+        if contexts is None:
+            contexts = [common_context([*subjects, *([compared] if compared else [])])]
+        conditions = Conditions(contexts[0], chunks, threads, rope, kv_type=kv_type)
+        place = placer(console, contexts[-1], kv_type, device, gpu_layers, experts)
+        subjects = [place(subject) for subject in subjects]
+        compared = place(compared) if compared else None
+
+        if curve:
+            code = _measure_curve(outputs, subjects, texts, contexts, conditions, paired, beside, child)
+            library.remember(paths)
+            return code
+        done = _measure_table(outputs, subjects, texts, conditions, speed, compared, cache, beside, child)
         library.remember(paths)
-        return code
-    done = _measure_table(outputs, subjects, texts, conditions, speed, compared, cache, beside)
-    library.remember(paths)
-    for note in sorted({note for measured in done if measured.perplexity for note in measured.perplexity.notes}):
-        console.warn(note)
-    for measured in done:
-        row = measured.row
-        if row.failed:
-            console.warn(
-                f"{row.path.name if row.path else row.title}: {row.failure or 'the perplexity is not a number.'}"
-            )
-    return InputError.exit_code if any(measured.row.failed for measured in done) else 0
+        for note in sorted({note for measured in done if measured.perplexity for note in measured.perplexity.notes}):
+            console.warn(note)
+        for measured in done:
+            row = measured.row
+            if row.failed:
+                console.warn(
+                    f"{row.path.name if row.path else row.title}: {row.failure or 'the perplexity is not a number.'}"
+                )
+        return InputError.exit_code if any(measured.row.failed for measured in done) else 0
+
+
+def placer(
+    console: Console, ctx: int, kv_type: str, device: str, gpu_layers: int | None, experts: str
+) -> Callable[[Subject], Subject]:
+    """What finds out where a model's layers lie when it is measured, and warns where memory is too small for it."""
+    from localmix.cli.memory_check import MemoryCheck
+    from localmix.perplexity import Layout
+
+    cells = Layout.for_chunks(ctx).cells
+    check = MemoryCheck(console, cells, kv_type=kv_type, device=device, gpu_layers=gpu_layers, experts=experts)
+
+    def place(subject: Subject) -> Subject:
+        choice = check.advise(subject.path)
+        return replace(subject, placement=choice.placement, repack=choice.repack)
+
+    return place
 
 
 class _Outputs:
@@ -281,6 +316,7 @@ def _measure_table(
     reference: Subject | None,
     cache: Cache | None,
     published: PublishedTable | None,
+    child: MeasuringChild,
 ) -> list[Measured]:
     """Measure a row for each model and corpus, and show them."""
     from localmix.comparison import averages, compare
@@ -308,7 +344,7 @@ def _measure_table(
                 report = _within(progress, corpus) if len(corpora) > 1 else progress
                 # a model's speed is the same on every text
                 timed = speed and number == 0
-                for measured in compare(subjects, corpus, conditions, timed, reference, cache, report):
+                for measured in compare(subjects, corpus, conditions, timed, reference, cache, report, child):
                     done.append(measured)
     except KeyboardInterrupt:
         if done and not outputs.console.json:
@@ -333,6 +369,7 @@ def _measure_curve(
     conditions: Conditions,
     paired: bool,
     published: PublishedTable | None,
+    child: MeasuringChild,
 ) -> int:
     """Measure a point for each model, corpus and context, and show them; the exit code."""
     from localmix.context_curve import curve_table, measure_contexts
@@ -362,7 +399,8 @@ def _measure_curve(
                 report = _within(progress, corpus) if len(corpora) > 1 else progress
                 names = (subject.model, subject.type)
                 try:
-                    for point in measure_contexts(subject.path, corpus, contexts, conditions, paired, *names, report):
+                    own = subject.conditions(conditions)
+                    for point in measure_contexts(subject.path, corpus, contexts, own, paired, *names, report, child):
                         done.append(point)
                 except Interrupted:
                     raise

@@ -58,6 +58,21 @@ def test_a_table_with_a_reference(fox: CommandLine) -> None:
     assert "fox" in (fox.folder / "table.html").read_text() and (fox.folder / "table.svg").stat().st_size > 1000
 
 
+def test_where_and_in_what_cache_it_is_computed(fox: CommandLine) -> None:
+    plain = fox("ppl", "fox:Q8_0", *MEASURE, "--json").json
+    coarse = fox(
+        "ppl", "fox:Q8_0", "--kv-type", "q4_0", "--device", "cpu", "--gpu-layers", "0", *MEASURE, "--json"
+    ).json
+    assert (plain["kv_type"], coarse["kv_type"]) == ("f16", "q4_0")
+    assert plain["rows"][0]["ppl"] != coarse["rows"][0]["ppl"]
+    curve = fox("ppl", "fox:Q8_0", "--kv-type", "q4_0", *MEASURE, "--ctx", "32,64", "--json").json
+    assert curve["points"][1]["ppl"] == coarse["rows"][0]["ppl"]
+    pair = fox("compare", "fox:Q8_0", "fox:Q2_K", "--kv-type", "q4_0", *MEASURE, "--json").json
+    assert pair["rows"][0]["ppl"] == coarse["rows"][0]["ppl"]
+    for command in (("ppl", "fox:Q8_0"), ("compare", "fox:Q8_0", "fox:Q2_K")):
+        assert "no device npu" in fox.fails(*command, "--device", "npu", *MEASURE, expect=2)
+
+
 def test_several_texts_have_an_average(fox: CommandLine) -> None:
     (fox.folder / "other.txt").write_text("A dog sleeps under a tree, and a fox looks at it. " * 40)
     run = fox("ppl", "fox:Q8_0", "--corpus", "other.txt", *MEASURE, "--csv")

@@ -101,10 +101,11 @@ class Examiner:
         """How a model's file goes into this machine.
 
         Raises:
-            InputError: it is no model that can be read.
+            InputError: it is no model that can be read, or none that writes text.
             UsageError: the wish names a device that is not there.
         """
         with open_source(path) as source:
+            source.require_generation()
             trained = memory.trained_context(source)
             context = self._wish.context or min(memory.DEFAULT_CONTEXT, trained)
             setting = Setting(context, self._wish.kv_type, sequences=self._wish.sequences)

@@ -170,6 +170,15 @@ class Source(ABC):
             raise self._wrong_kind(key, value, "not a number")
         return value
 
+    def require_generation(self) -> None:
+        """Raise InputError for a model whose tokens see those after them, such as BERT: it predicts none."""
+        if self.get("{arch}.attention.causal") is False:
+            raise InputError(
+                f"{self.path} is a {self.architecture} model: it sees a text as a whole, as embedding models do, and "
+                "predicts no next token.",
+                "Name a model that writes text.",
+            )
+
     def _wrong_kind(self, key: str, value: Any, wanted: str) -> InputError:
         shown = repr(value) if len(repr(value)) < 60 else repr(value)[:60] + "…"
         return InputError(

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 
 from localmix.architectures.bert import BERT
+from localmix.convert import convert
 from localmix.errors import InputError
 from localmix.sources.open import open_source
 from tests.checkpoints import read_shard, write_shard
+from tests.commands import CommandLine
 from tests.model_families import config_of, write_model
 
 
@@ -72,3 +74,11 @@ def test_names_of_older_checkpoints(tmp_path: Path) -> None:
     write_shard(folder / "model.safetensors", renamed)
     with open_source(folder) as source:
         assert [tensor.name for tensor in source.tensors] == names
+
+
+@pytest.mark.parametrize("command", ["chat model.gguf -p Hello", "ppl model.gguf --corpus text --ctx 16"])
+def test_it_writes_no_text(tmp_path: Path, command: str) -> None:
+    convert(write_model(tmp_path / "model", "bert"), tmp_path / "model.gguf", threads=1)
+    (tmp_path / "text").write_text("Hello. " * 99)
+    problem = CommandLine(tmp_path / "home", tmp_path).fails(*command.split(), expect=3)
+    assert "model.gguf is a bert model: it sees a text as a whole" in problem

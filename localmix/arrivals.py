@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from localmix import library
-from localmix.download import Download, checksum_of, fetch, fetch_all, seed
+from localmix.download import Download, checksum_of, fetch, fetch_all, seed, short_name
 from localmix.errors import FileError
 from localmix.hub import TIMEOUT, HubFile, Repository, Stopped, gguf_type
 from localmix.output import RESUMABLE, file_error, lock_for
@@ -75,8 +75,10 @@ class Arrivals:
         """What is coming, for people."""
         with self._change:
             coming = [path for path in self._taken if path not in self._here]
-            told = [f"{self._files[p].name} {100 * self._bytes.get(p, 0) // self._files[p].bytes} %" for p in coming]
-        return f"fetching {' and '.join(sorted(told))}" if told else "fetching"
+        if not coming:
+            return "fetching"
+        first = min(coming)
+        return f"fetching {short_name(first.name)} {100 * self._bytes.get(first, 0) // self._files[first].bytes} %"
 
     def begin(self, wanted: Sequence[Path]) -> None:
         """Fetch files in this order; what an earlier run left of others is deleted."""

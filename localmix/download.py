@@ -116,6 +116,12 @@ def fetch_all(
             raise
 
 
+def short_name(name: str) -> str:
+    """A file's name as it fits beside a bar: without its folders and its ending, never longer than 24 characters."""
+    stem = name.rpartition("/")[2].removesuffix(".safetensors").removesuffix(".gguf")
+    return stem if len(stem) <= 24 else f"…{stem[-23:]}"
+
+
 class _Board:
     """How far every file is: threads write, one reports."""
 
@@ -137,11 +143,10 @@ class _Board:
         here = dict(self._here)
         whole = sum(size == self._sizes[name] for name, size in here.items())
         coming = [(name, size) for name, size in here.items() if size < self._sizes[name]]
-        label = f"{whole} of {len(self._sizes)} files"
+        label = f"{whole}/{len(self._sizes)} files"
         if coming:
             name, size = coming[0]
-            label += f"; {name} {100 * size // self._sizes[name]} %"
-            label += f" and {len(coming) - 1} more" if len(coming) > 1 else ""
+            label += f", {short_name(name)} {100 * size // self._sizes[name]} %"
         self._progress(sum(here.values()), self._total, label)
 
 

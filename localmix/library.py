@@ -77,7 +77,7 @@ class Model:
 
     Attributes:
         checkpoint: what it was made from; one that came from the hub lies in the library.
-        pulled_bytes: what a checkpoint in the library takes, an unfinished one too.
+        pulled_bytes: what came from the hub and is no GGUF file: a checkpoint, and what stopped runs left.
     """
 
     name: str
@@ -148,8 +148,15 @@ def _model(folder: Path, source: str | None) -> Model:
         tuple(sorted(files.values(), key=lambda file: -file.bytes)),
         imatrix if imatrix.is_file() else None,
         checkpoint,
-        sum(path.stat().st_size for path in (*_pulled_files(pulled), *folder.glob(".*.part"))),
+        sum(path.lstat().st_size for path in (*_pulled_files(pulled), *_unfinished_files(folder))),
     )
+
+
+def _unfinished_files(folder: Path) -> list[Path]:
+    """What a stopped `pull`, or a stopped `quantize` of a model of the hub, left in a model's folder."""
+    coming = [path for path in (folder / DOWNLOADS).rglob("*") if path.is_file() or path.is_symlink()]
+    made = [*folder.glob(".*.partial"), *folder.glob(".*.journal")] if coming else []
+    return [*coming, *made, *folder.glob(".*.part")]
 
 
 def _pulled_files(folder: Path) -> list[Path]:
@@ -637,7 +644,8 @@ def plan_removal(name: str) -> Removal:
         ]
         files += [path for path in (model.folder / RECORD,) if path.is_file()]
         files += _pulled_files(pulled_folder(model.name))
-        files += [path for path in (model.folder / DOWNLOADS).rglob("*") if path.is_file() or path.is_symlink()]
+        files += _unfinished_files(model.folder)
+        files = list(dict.fromkeys(files))
     return Removal(name, model.folder, tuple(files), sum(path.lstat().st_size for path in files))
 
 
@@ -655,6 +663,8 @@ def remove(removal: Removal) -> None:
         except OSError as error:
             raise file_error(error, path, "delete") from error
     inside = {folder for path in removal.files for folder in path.parents if removal.folder in folder.parents}
+    downloads = removal.folder / DOWNLOADS
+    inside |= {downloads, *(path for path in downloads.rglob("*") if path.is_dir())}
     for folder in (*sorted(inside, reverse=True), removal.folder):
         with contextlib.suppress(OSError):  # somebody else's files are in it: they stay
             folder.rmdir()

@@ -72,6 +72,7 @@ def test_a_stopped_run_goes_on(localmix: CommandLine, served: Hub, sent: signal.
     assert run.returncode == (-signal.SIGKILL if sent == signal.SIGKILL else 130)
     assert sent == signal.SIGKILL or "The same command goes on from there." in err
     assert "Traceback" not in err
+    assert "fox (unfinished)" in localmix("ls").out
     done = whole_shards(served)
     served.bytes_per_second = 0
     served.sent.clear()
@@ -95,6 +96,16 @@ def test_what_the_library_says_of_it_afterwards(localmix: CommandLine, served: H
     served.repositories["other/fox"] = served.repositories[NAME]
     assert "made from org/fox" in localmix.fails("quantize", "Q4_K", "other/fox", expect=2)
     localmix.fails("quantize", "Q4_K", "fox", "--keep", expect=2)
+    localmix("rm", "fox", "--yes")
+    assert not (localmix.home / "fox").exists()
+
+
+def test_what_a_stopped_run_left_can_be_removed(localmix: CommandLine, served: Hub) -> None:
+    served.bytes_per_second = 3_000_000
+    run = localmix.popen("quantize", "Q4_K", NAME)
+    wait_for(served, 1)
+    run.kill()
+    run.communicate()
     localmix("rm", "fox", "--yes")
     assert not (localmix.home / "fox").exists()
 

@@ -108,6 +108,8 @@ def arriving_model(console: Console, remote: Remote, folder: Path, keep: bool) -
             console.status()
             yield coming
     except KeyboardInterrupt as stopped:
-        raise Interrupted(f"Stopped; what is done stays in {folder}.", "The same command goes on from there.") from stopped
+        raise Interrupted(
+            f"Stopped; what is done stays in {folder}.", "The same command goes on from there."
+        ) from stopped
     finally:
         console.status()

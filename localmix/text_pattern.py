@@ -49,7 +49,7 @@ def other_than(names: Sequence[str], rule: Callable[[str], str]) -> str:
     Args:
         rule: gives a rule with a body its name.
     """
-    return rf'"\"" {_other([name for name in names], rule)} "\""'
+    return rf'"\"" {_other(names, rule)} "\""'
 
 
 def _other(rests: Sequence[str], rule: Callable[[str], str]) -> str:

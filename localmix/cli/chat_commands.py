@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from localmix import library, session
 from localmix.cli.chat_prompt import Choices, paths
-from localmix.cli.chat_settings import LIMIT, SETTINGS
+from localmix.cli.chat_settings import LIMIT, SETTINGS, Setting
 from localmix.errors import FileError, InputError, UsageError
 
 if TYPE_CHECKING:
@@ -59,15 +59,19 @@ def _set(talk: Talk, text: str) -> None:
     if not name:
         sampling = dataclasses.asdict(talk.conversation.sampling) | {LIMIT: talk.conversation.limit}
         shown = {key: sampling[setting.field] for key, setting in SETTINGS.items()}
-        talk.console.fields(
-            {key: SETTINGS[key].none if value is None else f"{value:g}" for key, value in shown.items()}
-        )
+        talk.console.fields({key: _shown(SETTINGS[key], value) for key, value in shown.items()})
         return
     if name not in SETTINGS:
         raise UsageError(f"There is no setting {name!r}.", f"Settings: {', '.join(SETTINGS)}.")
     if not value.strip():
         raise UsageError(f"{name} needs a value.", f"{SETTINGS[name].about}")
-    talk.choose(SETTINGS[name].field, SETTINGS[name].parse(value.strip()))
+    chosen = SETTINGS[name].parse(value.strip())
+    talk.choose(SETTINGS[name].field, chosen)
+    talk.console.note(f"{name}: {_shown(SETTINGS[name], chosen)}")
+
+
+def _shown(setting: Setting, value: float | None) -> str:
+    return setting.none if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _settings(typed: str) -> Iterator[tuple[str, str]]:

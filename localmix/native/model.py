@@ -34,7 +34,6 @@ from localmix.tensor_types import TensorType
 
 # llama.h
 LOAD_WITHOUT_MMAP, LOAD_WITH_MMAP = 0, 1
-MAX_SEQUENCES = 256
 FEW_TOKENS = 16
 # Words of llama.cpp and its back ends for memory that they did not get.
 NO_MEMORY = ("failed to allocate", "unable to allocate", "out of memory", "bad_alloc", "cannot allocate")

@@ -1,16 +1,17 @@
 """Speculative decoding: cheap guesses at the next tokens, checked by the model all at once.
 
-A drafter proposes some tokens; the model reads them in one batch, which costs little more than reading one, and
-takes those that it would have said itself. A proposed token x with the drafter's probability q(x) and the model's
-p(x) is taken with probability min(1, p(x)/q(x)); at the first one refused, a token is drawn from max(0, p − q) in its
-place, and behind proposals that were all taken, one more from p. What comes out is distributed as if the model had
-spoken alone (Leviathan, Kalman, Matias: "Fast Inference from Transformers via Speculative Decoding", 2023; Chen et
-al.: "Accelerating Large Language Model Decoding with Speculative Sampling", 2023). p and q are the distributions
-after penalties, cuts and temperature, which both go through alike.
+A drafter proposes some tokens; the model reads them in one batch, which costs little more than reading one where
+memory is the limit, and takes those that it would have said itself. A proposed token x with the drafter's
+probability q(x) and the model's p(x) is taken with probability min(1, p(x)/q(x)); at the first one refused, a token
+is drawn from max(0, p − q) in its place, and behind proposals that were all taken, one more from p. What comes out is
+distributed as if the model had spoken alone (Leviathan, Kalman, Matias: "Fast Inference from Transformers via
+Speculative Decoding", 2023; Chen et al.: "Accelerating Large Language Model Decoding with Speculative Sampling",
+2023). p and q are the distributions after penalties, cuts and temperature, which both go through alike.
 
 Greedy decoding is the case where p is 1 for one token. Its tokens are those of the model alone as far as the model's
 logits are: llama.cpp computes a batch with other kernels than a single token, and where two tokens are as good as
-equally likely, the last digits decide.
+equally likely, the last digits decide. Deciding such tokens from a batch of one does not help: the cache that it
+attends to was filled by batches.
 """
 
 from __future__ import annotations

@@ -207,6 +207,8 @@ def test_commands_change_the_conversation(terminal: Terminal, localmix: CommandL
     terminal.wait("> Hello", times=2)
     terminal.type(" you")
     terminal.wait("cut off", times=3)
+    terminal.type("/set seed 4294967295")
+    terminal.wait("seed: 4294967295")
     terminal.type("/set")
     terminal.wait("max-tokens      3")
     terminal.type("/save my talk")

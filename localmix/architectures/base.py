@@ -29,6 +29,9 @@ Settings = Mapping[str, Number]
 # lengths are those of `Architecture.dimensions`.
 Rearrange = Callable[[npt.NDArray[Any], Mapping[str, int]], npt.NDArray[Any]]
 
+# Whether a model of these settings has a tensor, in this layer.
+Applies = Callable[[Settings, int | None], bool]
+
 # llama.cpp's own limits (LLAMA_MAX_LAYERS, LLAMA_MAX_EXPERTS in src/llama-hparams.h of the pin).
 MOST_LAYERS = 512
 MOST_EXPERTS = 1024
@@ -161,7 +164,7 @@ class TensorRule:
     heads: str = ""
     presence: Presence = Presence.ALWAYS
     float32: bool = False
-    applies: Callable[[Settings, int | None], bool] = always
+    applies: Applies = always
     stored: tuple[str, ...] = ()
     blocks: str = ""
     rearrange: Rearrange | None = None
@@ -226,6 +229,18 @@ class Derived:
     notes: Sequence[str] = ()
 
 
+def head_size(settings: Settings) -> int:
+    """Width of one attention head; an equal part of the hidden size where config.json does not say it."""
+    return int(settings.get("head_dim", settings["hidden_size"] // settings["num_attention_heads"]))
+
+
+def check_heads(settings: Settings, path: Path) -> None:
+    """Raise InputError when the heads do not share the hidden size evenly, and config.json does not say their size."""
+    heads = settings["num_attention_heads"]
+    if "head_dim" not in settings and settings["hidden_size"] % heads:
+        raise InputError(f"{path}: hidden_size {settings['hidden_size']} is not a multiple of {heads} heads.")
+
+
 def check_grouped_attention(settings: Settings, path: Path) -> None:
     """Relations between settings that every transformer with grouped-query attention keeps.
 
@@ -235,11 +250,9 @@ def check_grouped_attention(settings: Settings, path: Path) -> None:
     heads, kv_heads = settings["num_attention_heads"], settings["num_key_value_heads"]
     if heads % kv_heads:
         raise InputError(f"{path}: {heads} attention heads cannot share {kv_heads} key-value heads evenly.")
-    if "head_dim" not in settings and settings["hidden_size"] % heads:
-        raise InputError(f"{path}: hidden_size {settings['hidden_size']} is not a multiple of {heads} heads.")
-    size = settings.get("head_dim", settings["hidden_size"] // heads)
-    if size % 2:
-        raise InputError(f"{path}: heads of {size} cannot be rotated; the size of a head must be even.")
+    check_heads(settings, path)
+    if head_size(settings) % 2:
+        raise InputError(f"{path}: heads of {head_size(settings)} cannot be rotated; their size must be even.")
     check_experts(settings, path)
 
 

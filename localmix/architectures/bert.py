@@ -13,7 +13,16 @@ from typing import Any
 
 from gguf.constants import PoolingType
 
-from localmix.architectures.base import MOST_LAYERS, MOST_TOKENS, Architecture, Derived, Setting, Settings, TensorRule
+from localmix.architectures.base import (
+    MOST_LAYERS,
+    MOST_TOKENS,
+    Architecture,
+    Derived,
+    Setting,
+    Settings,
+    TensorRule,
+    check_heads,
+)
 from localmix.architectures.decoder import count
 from localmix.errors import InputError
 from localmix.sources.base import MetaValue, boolean, f32, u32
@@ -55,12 +64,6 @@ def _dimensions(settings: Settings) -> Mapping[str, int]:
     }
 
 
-def _check(settings: Settings, path: Path) -> None:
-    heads = settings["num_attention_heads"]
-    if settings["hidden_size"] % heads:
-        raise InputError(f"{path}: hidden_size {settings['hidden_size']} is not a multiple of {heads} heads.")
-
-
 def _derive(config: Mapping[str, Any], settings: Settings, path: Path) -> Derived:
     """That it sees the whole text at once, and how its vectors are pooled, where that is noted."""
     metadata: dict[str, MetaValue] = {"bert.attention.causal": boolean(False)}
@@ -91,17 +94,18 @@ def _modules(path: Path) -> list[tuple[str, str]]:
 
 
 def _pooling(path: Path) -> PoolingType:
+    """How the vectors of the tokens become one, noted by a word or by a switch for each way."""
     config = read_object(path)
-    named = [_POOLING[name] for name, chosen in config.items() if chosen is True and name in _POOLING]
-    by_word = _POOLING.get(str(config.get("pooling_mode")))
-    if by_word is not None:
-        named.append(by_word)
-    if len(named) != 1:
+    ways = [name for name, chosen in config.items() if chosen is True and name.startswith("pooling_mode_")]
+    ways += [str(config["pooling_mode"])] if config.get("pooling_mode") else []
+    found = {_POOLING.get(way) for way in ways}
+    pooling = found.pop() if len(found) == 1 else None
+    if pooling is None:
         raise InputError(
-            f"{path}: pooling by {shown([name for name, chosen in config.items() if chosen is True])} is not known.",
+            f"{path}: pooling by {shown(ways)} is not known.",
             "llama.cpp pools by mean, by the first or by the last token.",
         )
-    return named[0]
+    return pooling
 
 
 BERT = Architecture(
@@ -136,7 +140,7 @@ BERT = Architecture(
     ),
     dimensions=_dimensions,
     derive=_derive,
-    check=_check,
+    check=check_heads,
     expects={"hidden_act": ("gelu",), "position_embedding_type": ("absolute",), "is_decoder": (False,)},
     renames={r"^bert\.": "", r"\.gamma$": ".weight", r"\.beta$": ".bias"},
     elsewhere=r"^(embeddings\.position_ids$|pooler\.|cls\.)",

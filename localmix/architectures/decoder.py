@@ -20,6 +20,7 @@ from localmix.architectures.base import (
     Setting,
     Settings,
     TensorRule,
+    head_size,
 )
 from localmix.errors import InputError
 from localmix.sources.base import f32, u32
@@ -27,13 +28,7 @@ from localmix.sources.base import f32, u32
 LAYER = "model.layers.{layer}."
 BLOCK = "blk.{layer}."
 
-
 _HEAD_KEYS = ("attention.key_length", "attention.value_length")
-
-
-def head_size(settings: Settings) -> int:
-    """Width of one attention head when config.json does not say it."""
-    return int(settings["hidden_size"]) // int(settings["num_attention_heads"])
 
 
 def one_per_head(settings: Settings) -> int:
@@ -119,7 +114,7 @@ def theta(default: float) -> Setting:
 
 def decoder_dimensions(settings: Settings) -> Mapping[str, int]:
     """Lengths for the names that rules have in their shapes."""
-    head = int(settings.get("head_dim", head_size(settings)))
+    head = head_size(settings)
     return {
         "vocabulary": int(settings["vocab_size"]),
         "hidden": int(settings["hidden_size"]),

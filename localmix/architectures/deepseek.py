@@ -16,8 +16,10 @@ import numpy.typing as npt
 from gguf.constants import ExpertGatingFuncType
 
 from localmix.architectures.base import (
+    Applies,
     Architecture,
     Derived,
+    Rearrange,
     Setting,
     Settings,
     TensorRule,
@@ -40,7 +42,7 @@ from localmix.architectures.decoder import (
     norm,
     theta,
 )
-from localmix.architectures.rope import derive_rope
+from localmix.architectures.rope import derive_rope, rope_block
 from localmix.errors import InputError
 from localmix.sources.base import boolean, f32, text, u32
 
@@ -55,7 +57,7 @@ def _is_mixture(settings: Settings, layer: int | None) -> bool:
     return not _is_dense(settings, layer)
 
 
-def _in_layers(rules: tuple[TensorRule, ...], applies: Any) -> tuple[TensorRule, ...]:
+def _in_layers(rules: tuple[TensorRule, ...], applies: Applies) -> tuple[TensorRule, ...]:
     return tuple(replace(rule, applies=applies) for rule in rules)
 
 
@@ -124,7 +126,7 @@ def _values(blocks: npt.NDArray[Any], lengths: Mapping[str, int]) -> npt.NDArray
     return blocks[:, lengths["unrotated"] :]
 
 
-def _unfolded(target: str, shape: tuple[str, ...], rearrange: Any) -> TensorRule:
+def _unfolded(target: str, shape: tuple[str, ...], rearrange: Rearrange) -> TensorRule:
     """A part of the matrix that unfolds keys and values."""
     return TensorRule(
         f"{LAYER}self_attn.kv_b_proj.weight",
@@ -209,8 +211,7 @@ def _derive_folded(config: Mapping[str, Any], settings: Settings, path: Path) ->
     }
     if config.get("norm_topk_prob"):
         metadata["deepseek2.expert_weights_norm"] = boolean(True)
-    block = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    sharper = _ALL_DIMENSIONS.read(block, settings, path)
+    sharper = _ALL_DIMENSIONS.read(rope_block(config, path), settings, path)
     if sharper is not None:
         # The tenth is what llama.cpp divides it by when it reads it.
         metadata["deepseek2.rope.scaling.yarn_log_multiplier"] = f32(0.1 * sharper)

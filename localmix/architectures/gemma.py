@@ -113,8 +113,6 @@ GEMMA2 = Architecture(
     elsewhere=_TIED_OUTPUT,
 )
 
-_LOCAL_THETA = Setting("rope_theta", float, 1, 1e30, absent=1e4, keys=("{arch}.rope.freq_base_swa",), write=f32)
-
 
 def _derive_gemma3(config: Mapping[str, Any], settings: Settings, path: Path) -> Derived:
     """The rotary embeddings: one for layers that see everything, one for those with a window."""
@@ -126,8 +124,9 @@ def _derive_gemma3(config: Mapping[str, Any], settings: Settings, path: Path) ->
     derived = derive_rope("gemma3", theta(1e6), config, settings, path, dimensions=False)
     if not isinstance(local, dict):
         raise InputError(f"{path}: sliding_attention is {shown(local)}, not an object.")
-    base = _LOCAL_THETA.read(local, settings, path)
-    return replace(derived, metadata={**derived.metadata, "gemma3.rope.freq_base_swa": f32(base or 0)})
+    base = theta(1e4).read(local, settings, path)
+    assert base is not None  # it has a default
+    return replace(derived, metadata={**derived.metadata, "gemma3.rope.freq_base_swa": f32(base)})
 
 
 GEMMA3_TEXT = Architecture(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from localmix.architectures.base import Architecture, Derived, Presence, Setting, Settings, TensorRule
+from localmix.architectures.base import Architecture, Derived, Presence, Rearrange, Setting, Settings, TensorRule
 from localmix.architectures.decoder import (
     BLOCK,
     EMBEDDING,
@@ -63,7 +63,7 @@ def _is_wide(settings: Settings, layer: int | None) -> bool:
 
 
 def _experts(
-    source: str, target: str, shape: tuple[str, ...], stored: tuple[str, ...], rearrange: Any, **more: Any
+    source: str, target: str, shape: tuple[str, ...], stored: tuple[str, ...], rearrange: Rearrange | None, **more: Any
 ) -> TensorRule:
     return TensorRule(
         f"{LAYER}mlp.experts.{source}",

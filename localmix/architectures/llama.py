@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from localmix.architectures.base import Architecture
+from localmix.architectures.base import Architecture, head_size
 from localmix.architectures.decoder import (
     DENSE,
     EMBEDDING,
@@ -18,7 +18,6 @@ from localmix.architectures.decoder import (
     decoder_settings,
     expert_settings,
     experts,
-    head_size,
     router,
     theta,
 )

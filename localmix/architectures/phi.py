@@ -24,6 +24,7 @@ from localmix.architectures.decoder import (
     linear,
     theta,
 )
+from localmix.architectures.rope import rope_block, rope_type
 from localmix.errors import InputError
 from localmix.sources.base import MetaValue, f32, u32
 from localmix.sources.documents import shown
@@ -47,18 +48,16 @@ def _derive(config: Mapping[str, Any], settings: Settings, path: Path) -> Derive
     Raises:
         InputError: a scaling that llama.cpp does not have for this model, or lists of a wrong length.
     """
-    block = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(block, dict):
-        raise InputError(f"{path}: the rope settings are {type(block).__name__}, not an object.")
-    block = {"rope_theta": config.get("rope_theta", 1e4), **block}
+    block = {"rope_theta": config.get("rope_theta", 1e4), **rope_block(config, path)}
     base = theta(1e4).read(block, settings, path)
     share = _SHARE.read({**config, **block}, settings, path)
-    rotated = int(float(share or 1) * settings["hidden_size"]) // int(settings["num_attention_heads"])
+    assert base is not None and share is not None  # they have defaults
+    rotated = int(share * settings["hidden_size"]) // int(settings["num_attention_heads"])
     metadata: dict[str, MetaValue] = {
-        f"{_NAME}.rope.freq_base": f32(base or 0),
+        f"{_NAME}.rope.freq_base": f32(base),
         f"{_NAME}.rope.dimension_count": u32(rotated),
     }
-    kind = block.get("rope_type", block.get("type", "default"))
+    kind = rope_type(block)
     if kind == "default":
         return Derived(metadata, {})
     # "su" is what the first models called it

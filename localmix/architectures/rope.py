@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from localmix.architectures.base import Derived, Number, Setting, Settings
+from localmix.architectures.base import Derived, Number, Setting, Settings, head_size
 from localmix.errors import InputError
 from localmix.sources.base import MetaValue, f32, text, u32
 from localmix.sources.documents import shown
@@ -42,14 +42,14 @@ class Scaling:
     note: str = ""
 
 
-def _llama3_factors(settings: Settings, head_size: int) -> npt.NDArray[np.float32]:
-    """What each rotary frequency is divided by, `[head_size / 2]`, as Llama 3.1 defines it.
+def _llama3_factors(settings: Settings, width: int) -> npt.NDArray[np.float32]:
+    """What each rotary frequency is divided by, `[width / 2]`, as Llama 3.1 defines it.
 
     Long wavelengths are stretched by `factor`, short ones kept, those between interpolated.
     Computed in float32 like the reference: https://github.com/meta-llama/llama-models (apply_scaling).
     """
     one = np.float32(1)
-    exponents = np.arange(0, head_size, 2, dtype=np.float32) / np.float32(head_size)
+    exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
     frequencies = one / np.power(np.float32(settings["rope_theta"]), exponents, dtype=np.float32)
     wavelengths = np.float32(2 * math.pi) / frequencies
     factor = np.float32(settings["factor"])
@@ -103,6 +103,23 @@ SCALINGS: Mapping[str, Scaling] = {
 }
 
 
+def rope_block(config: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+    """The block of a config.json that says how positions are rotated; empty where there is none.
+
+    Raises:
+        InputError: it is no object.
+    """
+    block = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(block, dict):
+        raise InputError(f"{path}: the rope settings are {shown(block)}, not an object.")
+    return block
+
+
+def rope_type(block: Mapping[str, Any]) -> Any:
+    """What a block calls its kind of scaling, unchecked."""
+    return block.get("rope_type", block.get("type", "default"))
+
+
 def derive_rope(
     architecture: str,
     theta: Setting,
@@ -122,23 +139,20 @@ def derive_rope(
     Raises:
         InputError: a block that is no object, a type nobody here knows, or impossible numbers.
     """
-    block = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(block, dict):
-        raise InputError(f"{path}: the rope settings are {type(block).__name__}, not an object.")
     # The context the model was trained for counts as its original one unless the block says otherwise.
     fallbacks = {_TRAINED_CONTEXT: config.get(_TRAINED_CONTEXT, settings["max_position_embeddings"])}
-    block = {**fallbacks, theta.name: config.get(theta.name, theta.absent), **block}
-    kind = block.get("rope_type", block.get("type", "default"))
+    block = {**fallbacks, theta.name: config.get(theta.name, theta.absent), **rope_block(config, path)}
+    kind = rope_type(block)
     scaling = SCALINGS.get(kind) if isinstance(kind, str) else None
     if scaling is None:
         raise InputError(
             f"{path}: rope scaling of type {shown(kind)} is not known.",
             f"Known are {', '.join(SCALINGS)}.",
         )
-    head_size = int(settings.get("head_dim", settings["hidden_size"] // settings["num_attention_heads"]))
+    width = head_size(settings)
     metadata: dict[str, MetaValue] = {}
     if dimensions:
-        metadata[f"{architecture}.rope.dimension_count"] = u32(head_size)
+        metadata[f"{architecture}.rope.dimension_count"] = u32(width)
     if scaling.gguf:
         metadata[f"{architecture}.rope.scaling.type"] = text(scaling.gguf)
     found: dict[str, Number] = {}
@@ -151,5 +165,5 @@ def derive_rope(
     for row in (theta, *scaling.settings):
         if row.write is not None and row.name in found:
             metadata |= {key.replace("{arch}", architecture): row.write(found[row.name]) for key in row.keys}
-    tensors = {FREQUENCY_FACTORS: scaling.factors(found, head_size)} if scaling.factors else {}
+    tensors = {FREQUENCY_FACTORS: scaling.factors(found, width)} if scaling.factors else {}
     return Derived(metadata, tensors, (scaling.note,) if scaling.note else ())

@@ -34,6 +34,7 @@ POOLING = {"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}
         ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, 2),
         ({"pooling_mode_lasttoken": True}, 3),
         ({"pooling_mode": "mean"}, 1),
+        ({"pooling_mode": "mean", "pooling_mode_mean_tokens": True, "include_prompt": True}, 1),
     ],
 )
 def test_pooling(tmp_path: Path, pooling: Any, number: int) -> None:
@@ -52,6 +53,7 @@ def test_pooling(tmp_path: Path, pooling: Any, number: int) -> None:
         ([{**POOLING, "path": "/etc"}], {}, "not a list of modules"),
         ([POOLING], {"pooling_mode_max_tokens": True}, "pooling by .* is not known"),
         ([POOLING], {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, "pooling by"),
+        ([POOLING], {"pooling_mode": "weightedmean"}, "pooling by .*weightedmean.* is not known"),
         ([POOLING], [], "holds list"),
     ],
 )

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from localmix.errors import InputError
+from localmix.errors import InputError, UsageError
 from localmix.sources.base import MetaValue, boolean, u32
 from localmix.sources.documents import read_optional_object
 from localmix.sources.tokenizers.bpe import convert_bpe
@@ -62,7 +62,7 @@ def read_tokenizer(
 
     Raises:
         InputError: missing, broken, of a kind that is not converted, or of another model.
-        UsageError: llama.cpp has no `pre` of that name.
+        UsageError: llama.cpp has no `pre` of that name, or the tokenizer is no BPE of tokenizer.json.
     """
     if pre is not None:
         check_name(pre)
@@ -70,6 +70,7 @@ def read_tokenizer(
     tokenizer_config = read_optional_object(folder / CONFIG)
     fast = read_optional_object(folder / FAST)
     if os.path.exists(folder / MODEL):
+        _refuse_pre(pre, folder / MODEL)
         metadata = read_sentencepiece(folder, tokenizer_config, size, notes)
         special = read_special_tokens(folder, config, tokenizer_config, fast, size, notes)
     elif os.path.exists(folder / FAST):
@@ -78,8 +79,10 @@ def read_tokenizer(
         if tokenizer.kind == BPE:
             metadata = convert_bpe(folder, tokenizer, size, notes, pre)
         elif tokenizer.kind == UNIGRAM:
+            _refuse_pre(pre, tokenizer.path)
             metadata = convert_unigram(folder, tokenizer, size, notes)
         else:
+            _refuse_pre(pre, tokenizer.path)
             metadata = convert_word_piece(folder, tokenizer, size, notes)
             require_ids(folder, special, needed=("bos", "sep"))
         require_ids(folder, special)
@@ -91,3 +94,9 @@ def read_tokenizer(
     metadata |= {SPECIAL_KEYS[kind]: u32(number) for kind, number in extra_tokens.get(size, {}).items()}
     metadata |= read_chat_templates(folder, tokenizer_config)
     return Tokenizer(metadata, notes)
+
+
+def _refuse_pre(pre: str | None, path: Path) -> None:
+    """Refuse a name for the way of splitting, of a tokenizer that llama.cpp knows no such ways of."""
+    if pre is not None:
+        raise UsageError(f"--pre is for BPE tokenizers of a {FAST}; {path} is of another kind.", "Leave it out.")

@@ -12,7 +12,7 @@ from gguf.constants import TokenType
 from localmix.errors import InputError
 from localmix.sources.base import MetaValue, array, boolean, text
 from localmix.sources.documents import shown
-from localmix.sources.tokenizers.pre_tokenizers import members, recognise
+from localmix.sources.tokenizers.pre_tokenizers import members, puts_space, recognise
 from localmix.sources.tokenizers.sentencepiece import pieces_metadata
 from localmix.sources.tokenizers.tokenizer_json import FastTokenizer
 from localmix.sources.tokenizers.vocabulary import (
@@ -133,8 +133,7 @@ def _metaspace(tokenizer: FastTokenizer) -> bool | None:
             return None
     for step in members(tokenizer.document.get("pre_tokenizer"), "pretokenizers"):
         if step.get("type") == "Metaspace" and step.get("replacement") == SPACE and not replaced:
-            scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
-            prefix, replaced = prefix or scheme != "never", True
+            prefix, replaced = prefix or puts_space(step), True
             if step.get("split", True) and any(SPACE in token[1:] for token in tokenizer.tokens if token not in added):
                 return None
         # Gemma's file splits at spaces that its normalizer has replaced: it does nothing.

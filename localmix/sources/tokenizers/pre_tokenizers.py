@@ -145,13 +145,20 @@ def _refuse_normalizer(path: Path, block: Any) -> None:
 
 
 def members(block: Any, name: str) -> list[Mapping[str, Any]]:
-    """The steps of a normalizer or pre_tokenizer, sequences in sequences included, in order."""
+    """The steps of a normalizer, pre_tokenizer or post_processor, sequences in sequences included, in order."""
     if not isinstance(block, dict):
         return []
     if block.get("type") != "Sequence":
         return [block]
     inner = block.get(name)
     return [step for item in (inner if isinstance(inner, list) else []) for step in members(item, name)]
+
+
+def puts_space(metaspace: Mapping[str, Any]) -> bool:
+    """Whether a Metaspace step puts a space before a text; older files say it by a switch."""
+    return bool(
+        metaspace.get("prepend_scheme", "always" if metaspace.get("add_prefix_space", True) else "never") != "never"
+    )
 
 
 def _steps(block: Any) -> tuple[str, ...] | None:

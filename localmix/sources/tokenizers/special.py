@@ -14,6 +14,7 @@ from typing import Any
 from localmix.errors import InputError
 from localmix.sources.base import MetaValue, boolean, u32
 from localmix.sources.documents import shown
+from localmix.sources.tokenizers.pre_tokenizers import members
 from localmix.sources.tokenizers.vocabulary import CONFIG
 
 FAST = "tokenizer.json"
@@ -81,7 +82,7 @@ def read_special_tokens(
         for kind, other in (("bos", "cls"), ("eos", "sep")):
             if kind not in texts and other in texts:
                 texts[kind] = texts[other]
-        for processor in _processors(fast.get("post_processor")):
+        for processor in members(fast.get("post_processor"), "processors"):
             _apply_processor(processor, texts, added)
     for kind in _ADD_KEYS:
         flag = tokenizer_config.get(f"add_{kind}_token")
@@ -130,14 +131,6 @@ def _ids(
             else:
                 ids[kind] = value
     return ids
-
-
-def _processors(block: Any) -> list[Mapping[str, Any]]:
-    """The steps of tokenizer.json's post_processor, which may be a sequence."""
-    if not isinstance(block, dict):
-        return []
-    steps = block.get("processors", [block])
-    return [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
 
 
 def _apply_processor(step: Mapping[str, Any], texts: dict[str, str], added: dict[str, bool]) -> None:
@@ -213,7 +206,7 @@ def require_ids(folder: Path, special: SpecialTokens, needed: tuple[str, ...] = 
     Raises:
         InputError: there is one.
     """
-    for kind in ("bos", "eos", "sep"):
+    for kind in _ADD_KEYS:
         if (kind in needed or special.added.get(kind)) and kind not in special.ids:
             raise InputError(
                 f"{folder}: a {kind} token is put around a text, but nothing says which one it is.",

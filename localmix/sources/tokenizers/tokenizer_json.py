@@ -54,10 +54,11 @@ class FastTokenizer:
         if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(self.tokens):
             return number
         text = self.model.get("unk_token")
-        found = (token.id for token in self.added if token.content == text)
         if not isinstance(text, str):
             return None
-        return next(found, None) if text not in self.tokens else self.tokens.index(text)
+        if text in self.tokens:
+            return self.tokens.index(text)
+        return next((token.id for token in self.added if token.content == text), None)
 
 
 def read_fast_tokenizer(
@@ -77,14 +78,16 @@ def read_fast_tokenizer(
     if not isinstance(model, dict):
         raise InputError(f"{path} has no model.", _AGAIN)
     kind = _kind(path, model)
-    pieces = _scored(path, model) if kind == UNIGRAM else None
-    numbers = {piece: number for number, (piece, _) in enumerate(pieces)} if pieces else _numbered(path, model)
-    if not numbers:
+    scored = _scored(path, model) if kind == UNIGRAM else []
+    numbered = _numbered(path, model) if kind != UNIGRAM else {}
+    learned = [*((piece, number) for number, (piece, _) in enumerate(scored)), *numbered.items()]
+    if not learned:
         raise InputError(f"{path} has an empty vocabulary.", _AGAIN)
-    highest = len(pieces) - 1 if pieces else max(numbers.values())
+    numbers = dict(learned)
+    highest = max(numbers.values())
     require_rows(path, highest, size)
     tokens = [""] * (highest + 1)
-    for piece, number in [(piece, number) for number, (piece, _) in enumerate(pieces)] if pieces else numbers.items():
+    for piece, number in learned:
         if tokens[number]:
             raise InputError(f"{path}: {shown(tokens[number])} and {shown(piece)} both have the id {number}.", _AGAIN)
         tokens[number] = piece
@@ -102,7 +105,7 @@ def read_fast_tokenizer(
         model,
         kind,
         tokens,
-        [score for _, score in pieces] if pieces else [],
+        [score for _, score in scored],
         [added[number] for number in sorted(added)],
         outside,
     )

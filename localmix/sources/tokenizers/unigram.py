@@ -14,7 +14,7 @@ from gguf.constants import TokenType
 from localmix.errors import InputError
 from localmix.sources.base import MetaValue, array, boolean, text
 from localmix.sources.documents import shown
-from localmix.sources.tokenizers.pre_tokenizers import members
+from localmix.sources.tokenizers.pre_tokenizers import members, puts_space
 from localmix.sources.tokenizers.tokenizer_json import FastTokenizer
 from localmix.sources.tokenizers.vocabulary import SPACE, Vocabulary, padding_notes, require_distinct
 
@@ -91,8 +91,7 @@ def _pre_tokenizer(tokenizer: FastTokenizer) -> tuple[bool, bool]:
         if step.get("type") == "WhitespaceSplit":
             splits = True
         elif step.get("type") == "Metaspace" and step.get("replacement") == SPACE:
-            scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
-            prefix, found = scheme != "never", True
+            prefix, found = puts_space(step), True
         else:
             raise _unknown(tokenizer, "pre_tokenizer", step)
     if not found:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import sentencepiece
 
-from localmix.errors import InputError
+from localmix.errors import InputError, UsageError
 from localmix.sources.tokenizers import read_tokenizer
 from tests.checkpoints import CHAT_TEMPLATE, TOKENIZER_PIECES, Shape, edit_json, write_checkpoint
 
@@ -117,6 +117,11 @@ def test_minus_one_means_none(folder: Path) -> None:
     found = read_tokenizer(folder, {"pad_token_id": -1, "bos_token_id": 1}, ROWS, {})
     assert "tokenizer.ggml.padding_token_id" not in found.metadata
     assert any("the pad token is -1" in note for note in found.notes)
+
+
+def test_name_of_a_way_to_split(folder: Path) -> None:
+    with pytest.raises(UsageError, match=r"tokenizer.model is of another kind\."):
+        read_tokenizer(folder, {}, ROWS, {}, "smollm")
 
 
 def test_more_tokens_than_rows(folder: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tokenizers import pre_tokenizers
 
-from localmix.errors import InputError
+from localmix.errors import InputError, UsageError
 from localmix.native.model import Model
 from localmix.sources.tokenizers import read_tokenizer
 from tests.checkpoints import TOKENIZER, edit_json
@@ -171,6 +171,12 @@ def test_name_given_by_hand(folder: Path) -> None:
     assert read(folder, document, pre="smollm")["pre"] == "smollm"
 
 
+@pytest.mark.parametrize("make", [unigram, lambda: word_piece(lowercase=True)])
+def test_name_for_a_tokenizer_of_another_kind(folder: Path, make: Callable[[], dict[str, Any]]) -> None:
+    with pytest.raises(UsageError, match=r"--pre is for BPE tokenizers of a tokenizer.json; .* is of another kind"):
+        read(folder, make(), pre="smollm")
+
+
 def test_name_on_the_command_line(tmp_path: Path) -> None:
     write_model(tmp_path / "model", gpt2())
     edit_json(tmp_path / "model" / "tokenizer.json", change("pre_tokenizer", {"type": "Whitespace"}))
@@ -244,6 +250,8 @@ BROKEN: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[dict[str, Any]],
         change("model.continuing_subword_prefix", "@@"),
         "continues a word with '@@', not with ##",
     ),
+    "vocabulary of Unigram is empty": (unigram, change("model.vocab", []), "empty vocabulary"),
+    "vocabulary of Unigram is an object": (unigram, change("model.vocab", {}), "not a list of tokens with scores"),
     "scores are text": (unigram, change("model.vocab", [["a", "b"]]), "not a list of tokens with scores"),
     "scores are infinite": (unigram, change("model.vocab", [["a", float("inf")]]), "not a list of tokens with scores"),
     "no unknown": (unigram, change("model.unk_id", None), "has no unknown token"),
@@ -278,7 +286,13 @@ def test_broken_files(folder: Path, case: str) -> None:
 
 def test_odd_processors_change_nothing(folder: Path) -> None:
     document = gpt2()
-    for odd in (None, 3, [], {"processors": 3}, {"type": "TemplateProcessing", "single": [3, None], "pair": {}}):
+    for odd in (
+        None,
+        3,
+        [],
+        {"type": "Sequence", "processors": 3},
+        {"type": "TemplateProcessing", "single": [3, None], "pair": {}},
+    ):
         document["post_processor"] = odd
         assert read(folder, json.dumps(document), 600)["add_bos_token"] is False
 

@@ -8,6 +8,7 @@ checkpoints: it may run Python code that they bring. `brings_code` says which do
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import re
@@ -21,7 +22,7 @@ from pathlib import Path, PurePosixPath
 
 import platformdirs
 
-from localmix.errors import CapacityError, FileError, InputError, NetworkError
+from localmix.errors import CapacityError, FileError, InputError, LocalmixError, NetworkError
 from localmix.native.library import PINNED_VERSION
 from localmix.output import check_outputs, lock_for
 from localmix.sources.documents import read_optional_object
@@ -124,13 +125,18 @@ def make(target: Environment, status: Status = lambda text: None) -> None:
                 target.unpacked.touch()
             if target.own and not target.installed.exists():
                 status("Making a Python environment for llama.cpp's converter")
-                _run([sys.executable, "-m", "venv", "--clear", str(target.folder / "venv")], "A Python environment")
+                _run(
+                    [sys.executable, "-m", "venv", "--clear", str(target.folder / "venv")],
+                    "A Python environment",
+                    FileError,
+                    f"Debian and Ubuntu have it in python3-venv; or set {PYTHON_VARIABLE} to a Python with torch.",
+                )
                 status(f"Installing torch and transformers for it ({DOWNLOAD})")
                 wanted = ["install", "--quiet", "--requirement", str(target.source / _REQUIREMENTS)]
                 _run([str(target.python), "-m", "pip", *wanted], "What llama.cpp's converter needs")
                 target.installed.touch()
     except OSError as error:
-        kind = CapacityError if error.errno == 28 else FileError
+        kind = CapacityError if error.errno == errno.ENOSPC else FileError
         raise kind(f"{target.folder} cannot be made: {error.strerror or error}.") from error
 
 
@@ -181,15 +187,22 @@ def _unpack(archive: Path, folder: Path) -> None:
                 target.write_bytes(content.read())
 
 
-def _run(command: Sequence[str], what: str) -> None:
-    """Run a program that downloads or installs; its last lines explain a failure."""
+def _run(
+    command: Sequence[str],
+    what: str,
+    failure: type[LocalmixError] = NetworkError,
+    hint: str = "Check the network, then run the command again.",
+) -> None:
+    """Run a program that downloads or installs; its last line explains a failure.
+
+    Args:
+        failure, hint: how it is told, unless the disk is full.
+    """
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
     if done.returncode:
-        full = "No space left" in done.stderr
-        raise (CapacityError if full else NetworkError)(
-            f"{what} could not be installed: {_last_line(done.stderr or done.stdout)}",
-            f"{'Free some space' if full else 'Check the network'}, then run the command again.",
-        )
+        if "No space left" in done.stderr:
+            failure, hint = CapacityError, "Free some space, then run the command again."
+        raise failure(f"{what} could not be installed: {_last_line(done.stderr or done.stdout)}", hint)
 
 
 def _last_line(text: str) -> str:

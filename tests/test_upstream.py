@@ -121,6 +121,19 @@ def test_python_that_is_none(archive: Path, model: Path, tmp_path: Path, monkeyp
     assert upstream.PYTHON_VARIABLE in caught.value.hint
 
 
+@pytest.mark.skipif(os.name == "nt", reason="a POSIX shell")
+def test_python_that_makes_no_environment(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Debian's without python3-venv: that is no matter of the network."""
+    monkeypatch.delenv(upstream.PYTHON_VARIABLE)
+    (tmp_path / "python").write_text("#!/bin/sh\necho ensurepip is not available.\nexit 1\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(FileError, match="could not be installed: ensurepip is not available") as caught:
+        upstream.make(upstream.environment())
+    assert "python3-venv" in caught.value.hint
+    assert not upstream.environment().ready
+
+
 def test_interrupted(archive: Path, model: Path, tmp_path: Path) -> None:
     """What stops the run stops the converter too, and leaves nothing."""
     upstream.make(upstream.environment())

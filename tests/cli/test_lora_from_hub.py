@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.adapters import write_pair
+from tests.adapters import KINDS, write_adapter
+from tests.checkpoints import write_checkpoint
 from tests.commands import CommandLine
 from tests.hub_server import serve
 
@@ -18,11 +18,13 @@ NAME = "org/fox"
 # of magnitudes over columns a whole tensor is needed before its first row is merged
 @pytest.mark.parametrize("kind", ["vocabulary", "embedding-magnitudes"])
 def test_the_same_bytes_as_from_the_disk(empty: CommandLine, tmp_path: Path, kind: str) -> None:
-    base, adapter = write_pair(tmp_path, kind)
-    shutil.move(base, tmp_path / "fox")
+    # large enough that a tensor is not in what is fetched of a file to plan
+    shape = replace(KINDS[kind].shape, hidden=512, feed_forward=256, layers=1)
+    base = write_checkpoint(tmp_path / "fox", shape)
+    adapter = write_adapter(tmp_path / kind, base, replace(KINDS[kind], shape=shape))
     with serve() as hub:
         hub.add(NAME, tmp_path / "fox")
-        localmix = dataclasses.replace(empty, variables=hub.variables)
+        localmix = replace(empty, variables=hub.variables)
         planned = localmix("plan", NAME, "Q8_0", "--lora", adapter, "--json").json
         coming = localmix("quantize", "Q8_0", NAME, "--lora", adapter, "--json").json
         converted = localmix("convert", NAME, "--lora", adapter, "--json").json

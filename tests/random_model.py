@@ -34,6 +34,7 @@ def write_random_model(
     poison: str = "",
     seed: int = 1,
     own: Mapping[str, str | int | float] | None = None,
+    chat_template: str = "{% for message in messages %}[INST] {{ message.content }} [/INST]{% endfor %}",
 ) -> Path:
     """Write a model of llama.cpp's `llama` architecture.
 
@@ -82,7 +83,7 @@ def write_random_model(
     writer.add_unk_token_id(0)
     writer.add_add_bos_token(True)
     writer.add_add_eos_token(False)
-    writer.add_chat_template("{% for message in messages %}[INST] {{ message.content }} [/INST]{% endfor %}")
+    writer.add_chat_template(chat_template)
 
     for key, value in (own or {}).items():
         add = {str: writer.add_string, int: writer.add_int32, float: writer.add_float32}[type(value)]

@@ -28,6 +28,7 @@ COMMANDS: Mapping[str, str] = {
     "report": "Make a page or plots from what ppl measured.",
     "bench": "Measure how fast models read prompts and generate.",
     "chat": "Talk to a model in the terminal.",
+    "export": "Write a Modelfile, with which Ollama runs a model.",
     "verify": "Check that files are whole, the right ones, and hold numbers only.",
     "info": "Show what a GGUF file or a checkpoint holds.",
     "ls": "List the models of the library.",

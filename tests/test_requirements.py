@@ -86,7 +86,7 @@ def test_the_formulas_agree_with_llama_cpp(tmp_path: Path, experts: int) -> None
             assert computed.compute["CPU"] / MIB == pytest.approx(found / MIB, rel=0.2)
 
 
-def real_and_predicted(source: Source, setting: Setting, fill: int = 1024) -> tuple[int, Need]:
+def real_and_predicted(source: Source, setting: Setting, fill: int) -> tuple[int, Need]:
     """Anonymous bytes of a real run, and the need that was predicted."""
     requirements = Requirements(source)
     requirements.simulate([setting])
@@ -97,8 +97,8 @@ def real_and_predicted(source: Source, setting: Setting, fill: int = 1024) -> tu
     return real, requirements.need(weights, setting, repacked_bytes(weights))
 
 
-def check_prediction(source: Source, setting: Setting, fill: int = 1024) -> None:
-    real, need = real_and_predicted(source, setting, fill)
+def check_prediction(source: Source, setting: Setting) -> None:
+    real, need = real_and_predicted(source, setting, fill=512)
     # the run has no vocabulary, and counts from where the program has started
     predicted = need.anonymous - need.program - need.vocabulary
     assert predicted >= real * 0.98
@@ -114,7 +114,7 @@ def test_a_full_context_takes_what_was_predicted(tmp_path: Path, kv_type: str) -
 
 
 def test_a_sliding_window_takes_what_was_predicted() -> None:
-    check_prediction(sliding_window_model(), Setting(8192), fill=512)
+    check_prediction(sliding_window_model(), Setting(8192))
 
 
 @pytest.mark.slow
@@ -152,7 +152,7 @@ def test_a_long_context_that_is_filled_takes_what_was_predicted(tmp_path: Path) 
         "vocab_size": 1000,
     }
     source = hollow(write_config(tmp_path / "model", experts=0, **shape), "F16")
-    real, need = real_and_predicted(source, Setting(32768), fill=32768)
+    real, need = real_and_predicted(source, Setting(16384), fill=16384)
     assert real * 0.98 <= need.anonymous - need.program - need.vocabulary <= real + 8 * MIB
 
 

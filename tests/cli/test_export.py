@@ -15,10 +15,9 @@ def test_a_modelfile_for_the_model_used_last(localmix: CommandLine) -> None:
     before = path.read_bytes()
     assert "already" in localmix.fails("export", "ollama", "fox", expect=2)
     assert path.read_bytes() == before
-    document = localmix(
-        "export", "ollama", "fox", "-o", "Modelfile", "--system", "Short.", "--ctx", "99", "--json"
-    ).json
-    assert {"name": "num_ctx", "value": "99"} in run.json["parameters"]
+    arguments = ("-o", "Modelfile", "--system", "Short.", "--ctx", "99", "--json")
+    document = localmix("export", "ollama", "fox", *arguments).json
+    assert {"name": "num_ctx", "value": "99"} in document["parameters"]
     assert parse_modelfile(path.read_text(encoding="utf-8")).system == "Short."
 
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 # llama-perplexity's defaults: its numbers depend on them in the last digits
 BATCH, MICRO_BATCH = 2048, 512
+# llama.cpp gives each sequence no fewer, so that more of them side by side would only take memory
 LEAST_CELLS = 256
 ENGINE = f"llama.cpp {LLAMA_CPP_COMMIT}"
 
@@ -293,7 +294,7 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class Layout:
-    """How chunks share a context, chosen as llama.cpp's tools choose it.
+    """How chunks share a context, chosen as llama.cpp's tools choose it from `LEAST_CELLS` tokens on.
 
     Attributes:
         context: tokens of a chunk.
@@ -309,24 +310,22 @@ class Layout:
     @classmethod
     def for_chunks(cls, context: int, rope: RopeScaling | None = None, kv_type: str = "f16") -> Layout:
         """The layout for chunks of this many tokens."""
-        return cls(context, max(1, BATCH // context), rope, kv_type)
+        return cls(context, max(1, BATCH // max(context, LEAST_CELLS)), rope, kv_type)
 
     @property
     def cells(self) -> int:
         """Positions of the KV cache."""
-        return self.parallel * self.context
+        return self.parallel * max(self.context, LEAST_CELLS)
 
     def open(self, model: Model, threads: int, channel: Channel, callback: EvalCallback | None = None) -> Context:
         """A context for it."""
         cache = TensorType[self.kv_type.upper()]
         return Context(
             model,
-            context_length=self.cells,
+            context_length=self.parallel * self.context,
             batch=MICRO_BATCH,
             micro_batch=MICRO_BATCH,
             sequences=self.parallel,
-            # llama.cpp gives each sequence at least this many cells where it has its own
-            unified=self.context < LEAST_CELLS,
             threads=threads,
             type_k=cache,
             type_v=cache,

@@ -79,7 +79,7 @@ class Provenance:
         for text in self.corpora:
             scored = ""
             if text.tokens:
-                scored = f": {text.tokens:,} tokens scored in {text.chunks:,} chunks of {self.contexts[0]}"
+                scored = f": {text.tokens:,} tokens scored in {_chunks(text.chunks)} of {self.contexts[0]}"
             sentences.append(f"{text.name} (sha256 {text.sha256[:12]}…){scored}.")
         threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
         sentences.append(f"{', '.join((self.engine, threads, *self._unusual))}.")
@@ -96,7 +96,7 @@ class Provenance:
             fields[f"Corpus{number}"] = text.name
             fields[f"SHA-256{number}"] = text.sha256
             if text.tokens:
-                fields[f"Scored{number}"] = f"{text.tokens:,} tokens in {text.chunks:,} chunks"
+                fields[f"Scored{number}"] = f"{text.tokens:,} tokens in {_chunks(text.chunks)}"
         fields["Context"] = ", ".join(map(str, self.contexts))
         fields["Engine"] = self.engine
         fields["Threads"] = str(self.threads)
@@ -120,3 +120,7 @@ class Provenance:
         }
         told = (f"{name} {value if isinstance(value, str) else f'{value:g}'}" for name, value in words.items() if value)
         return (*cache, *told)
+
+
+def _chunks(count: int) -> str:
+    return f"{count:,} chunk{'s' if count > 1 else ''}"

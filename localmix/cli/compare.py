@@ -10,7 +10,7 @@ import click
 from localmix.cli.console import Console
 from localmix.cli.memory_check import placement_options
 from localmix.cli.parameters import MODEL, examples, json_option, markdown_option, rope_options, threads_option
-from localmix.cli.ppl import LEAST_CONTEXT, cache_options, placer
+from localmix.cli.ppl import LEAST_CONTEXT, cache_options, failure, placer
 
 if TYPE_CHECKING:
     from localmix.comparison import Measured
@@ -119,5 +119,5 @@ def command(
             console.warn(note)
         for one in done:
             if one.row.failed:
-                console.warn(f"{one.row.path.name if one.row.path else one.row.title}: {one.row.failure}")
+                console.warn(failure(one.row))
         return InputError.exit_code if verdict is None else 0

@@ -12,6 +12,7 @@ import io
 import json as json_format
 import os
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Set
@@ -90,22 +91,25 @@ class Console:
             return
         import rich.console
 
+        caption = inert(table.caption)
         if stream.isatty():
             console = rich.console.Console(file=stream, highlight=False)
+            window = console.width
+            caption = textwrap.fill(caption, window)
             fitting, left_out = _fit(table, console.width)
             console.width = max(console.width, _least_width(fitting))
             console.print(_drawn(fitting))
             if left_out:
                 note = f"Not in a window this narrow: {', '.join(left_out)}."
-                print(_styled(inert(note), "dim", stream), file=stream)
+                print(_styled(textwrap.fill(inert(note), window), "dim", stream), file=stream)
         else:  # a pipe has no width: nothing is cut there
             console = rich.console.Console(file=io.StringIO(), width=1000, highlight=False)
             with console.capture() as captured:
                 console.print(_drawn(dataclasses.replace(table, bars=None)))
             for line in captured.get().splitlines():
                 print(line.rstrip(), file=stream)
-        if table.caption:
-            print(_styled(inert(table.caption), "dim", stream), file=stream)
+        if caption:
+            print(_styled(caption, "dim", stream), file=stream)
 
     def stream(self, text: str) -> None:
         """A piece of a model's reply, at once and without a newline."""

@@ -205,12 +205,16 @@ def command(
         for note in sorted({note for measured in done if measured.perplexity for note in measured.perplexity.notes}):
             console.warn(note)
         for measured in done:
-            row = measured.row
-            if row.failed:
-                console.warn(
-                    f"{row.path.name if row.path else row.title}: {row.failure or 'the perplexity is not a number.'}"
-                )
+            if measured.row.failed:
+                console.warn(failure(measured.row))
         return InputError.exit_code if any(measured.row.failed for measured in done) else 0
+
+
+def failure(row: QuantizationRow) -> str:
+    """Why a row has no numbers, with the name of its file."""
+    name = row.path.name if row.path else row.title
+    reason = row.failure or "the perplexity is not a number."
+    return reason if name in reason else f"{name}: {reason}"
 
 
 def placer(

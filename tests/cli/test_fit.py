@@ -108,6 +108,20 @@ def test_what_does_not_load_is_refused(
     assert check.check(mixtral, force=True).context == 32768
 
 
+def test_a_command_that_measures_is_only_warned(
+    mixtral: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    give(monkeypatch, 2)
+    check = MemoryCheck(Console(), 32768, gpu_layers=5)
+    choice = check.advise(mixtral)
+    assert choice.placement == PROCESSOR and not choice.repack
+    said = capsys.readouterr().err
+    assert "needs 4.35 GiB of memory besides its weights, but 2.00 GiB is available" in said
+    assert "--gpu-layers 5 does nothing" in said
+    check.advise(mixtral)
+    assert "--gpu-layers" not in capsys.readouterr().err
+
+
 def test_a_gpu_that_is_too_small_is_named(mixtral: Path, capsys: pytest.CaptureFixture[str]) -> None:
     card = Device("CUDA0", "a card", "gpu", 12 * GIB, 12 * GIB)
     room = memory.machine(64)

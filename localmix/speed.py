@@ -148,6 +148,7 @@ def bench(
     settings: Sequence[Settings],
     repetitions: int = REPETITIONS,
     progress: Report | None = None,
+    names: tuple[str, ...] = (),
 ) -> Iterator[SpeedPoint]:
     """Measure each model in each test with each choice of settings; a point comes as soon as it is done.
 
@@ -156,6 +157,7 @@ def bench(
     Args:
         models: GGUF files.
         progress: (runs done, runs in all, what runs).
+        names: of the devices to use; empty for all.
 
     Raises:
         LocalmixError: the only model failed with the only settings.
@@ -167,7 +169,7 @@ def bench(
             group = list(some)
             left = [(choice, test) for choice in group for test in tests]
             try:
-                with Worker(_bench, path, layers, group, tests, repetitions) as running:
+                with Worker(_bench, path, Placement(layers, devices=names), group, tests, repetitions) as running:
                     for event in running:
                         if isinstance(event, SpeedPoint):
                             left.remove((event.settings, event.test))
@@ -188,7 +190,7 @@ def bench(
 def _bench(
     channel: Channel,
     path: Path,
-    gpu_layers: int | None,
+    placement: Placement,
     group: Sequence[Settings],
     tests: Sequence[SpeedTest],
     repetitions: int,
@@ -203,7 +205,7 @@ def _bench(
     def report(done: int, label: str) -> None:
         channel.progress(done, repetitions, label)
 
-    with Model(path, placement=Placement(gpu_layers=gpu_layers), cancelled=channel.cancelled) as model:
+    with Model(path, placement=placement, cancelled=channel.cancelled) as model:
         for settings in group:
             peak_memory.forget_peak()
             left = list(tests)

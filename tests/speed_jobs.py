@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from localmix import speed
+from localmix.native.devices import Placement
 from localmix.native.library import api
 from localmix.native.model import Context, Model
 from localmix.speed import Settings, Speed, SpeedTest
@@ -27,7 +28,7 @@ def count_work(
 
     speed.Context = CountingContext  # type: ignore[attr-defined]
     for test, settings in runs:
-        speed._bench(channel, path, settings.gpu_layers, [settings], [test], repetitions)
+        speed._bench(channel, path, Placement(settings.gpu_layers), [settings], [test], repetitions)
     return counts
 
 

@@ -13,7 +13,7 @@ from localmix.cli.parameters import MODEL, TYPES, examples, json_option, markdow
 
 if TYPE_CHECKING:
     from localmix.comparison import Subject
-    from localmix.speed import SpeedPoint
+    from localmix.speed import Settings, SpeedPoint
     from localmix.table import Table
 
 
@@ -120,6 +120,13 @@ def _kv_types(ctx: click.Context, param: click.Parameter, value: str) -> list[st
     callback=_numbers(0, 100_000, {"auto": None}),
     help="Layers on the GPU; 0 for no GPU at all.",
 )
+@click.option(
+    "--device",
+    metavar="auto|cpu|cuda|metal|NAME",
+    default="auto",
+    show_default=True,
+    help="Where to compute: a kind of device, or names from `localmix doctor` with commas between.",
+)
 @click.option("--types", metavar="TYPE[,TYPE…]", type=TYPES, help="These types of each model, or a set of them.")
 @click.option("--csv", is_flag=True, help="The rows as CSV, with llama-bench's names.")
 @markdown_option
@@ -142,6 +149,7 @@ def command(
     ubatch: list[int],
     kv_types: list[str],
     gpu_layers: list[int | None],
+    device: str,
     types: str | None,
     csv: bool,
     markdown: bool,
@@ -155,6 +163,7 @@ def command(
     """
     from localmix.comparison import look_at
     from localmix.errors import InputError, UsageError
+    from localmix.fit import find_gpus
     from localmix.native.devices import default_threads
     from localmix.speed import SpeedTest, bench, sweep
 
@@ -164,6 +173,11 @@ def command(
     tests += [SpeedTest(*_pair(words)) for words in pg]
     if not tests:
         raise UsageError("There is nothing to measure.", "Give -p, -n or --pg.")
+    names: tuple[str, ...] = ()
+    if device == "cpu":
+        gpu_layers = [0]
+    elif device != "auto":
+        names = tuple(gpu.name for gpu in find_gpus(device))
     subjects = {path: look_at(path) for path in _paths(models, types)}
     longest = max(depth) + max(test.prompt + test.generated for test in tests)
     for subject in subjects.values():
@@ -182,7 +196,7 @@ def command(
     bars: list[Progress] = []
     settings = sweep(threads or [default_threads()], batch, ubatch, depth, kv_types, gpu_layers)
     points = bench(
-        list(subjects), tests, settings, repetitions, lambda runs, total, label: bars[-1](runs, total, label)
+        list(subjects), tests, settings, repetitions, lambda runs, total, label: bars[-1](runs, total, label), names
     )
     try:
         while True:
@@ -192,7 +206,7 @@ def command(
             if point is None:
                 break
             done.append(point)
-            _tell(console, point, subjects[point.path])
+            _tell(console, point, subjects[point.path], settings)
     except KeyboardInterrupt:
         if done and not json:
             draw()
@@ -229,9 +243,10 @@ def _remember(paths: list[Path]) -> None:
     library.remember(paths)
 
 
-def _tell(console: Console, point: SpeedPoint, subject: Subject) -> None:
+def _tell(console: Console, point: SpeedPoint, subject: Subject, sweep: Sequence[Settings]) -> None:
     """A finished row, in a line."""
-    title = f"{subject.model} {subject.type}, {point.name}"
+    varied = [f"{name} {of(point.settings)}" for name, (of, _) in _SETTINGS.items() if len(set(map(of, sweep))) > 1]
+    title = ", ".join((f"{subject.model} {subject.type}", *varied, point.name))
     if point.failure:
         console.warn(f"{title}: {point.failure}")
     else:
@@ -278,12 +293,12 @@ def _record(point: SpeedPoint, subject: Subject) -> dict[str, Any]:
 
 
 # name: (where it is found, the default, which needs no mention)
-_SETTINGS: Mapping[str, tuple[Callable[[SpeedPoint], object], object]] = {
-    "threads": (lambda point: point.settings.threads, None),
-    "batch": (lambda point: point.settings.batch, 2048),
-    "ubatch": (lambda point: point.settings.micro_batch, 512),
-    "KV": (lambda point: point.settings.kv_type, "f16"),
-    "GPU layers": (lambda point: "auto" if point.settings.gpu_layers is None else point.settings.gpu_layers, "auto"),
+_SETTINGS: Mapping[str, tuple[Callable[[Settings], object], object]] = {
+    "threads": (lambda settings: settings.threads, None),
+    "batch": (lambda settings: settings.batch, 2048),
+    "ubatch": (lambda settings: settings.micro_batch, 512),
+    "KV": (lambda settings: settings.kv_type, "f16"),
+    "GPU layers": (lambda settings: "auto" if settings.gpu_layers is None else settings.gpu_layers, "auto"),
 }
 
 
@@ -293,7 +308,7 @@ def _table(points: Sequence[SpeedPoint], subjects: Mapping[Path, Subject]) -> Ta
 
     unit, unit_name = size_unit(subject.bytes for subject in subjects.values())
     several = len({subject.model for subject in subjects.values()}) > 1
-    same = {name for name, (of, _) in _SETTINGS.items() if len(set(map(of, points))) == 1}
+    same = {name for name, (of, _) in _SETTINGS.items() if len({of(point.settings) for point in points}) == 1}
     varied = {name: of for name, (of, _) in _SETTINGS.items() if name not in same}
     columns = [
         *([Column("Model", number=False)] if several else []),
@@ -314,7 +329,7 @@ def _table(points: Sequence[SpeedPoint], subjects: Mapping[Path, Subject]) -> Ta
                 *([subject.model] if several else []),
                 subject.type,
                 f"{subject.bytes / unit:.2f}",
-                *(str(of(point)) for of in varied.values()),
+                *(str(of(point.settings)) for of in varied.values()),
                 point.name,
                 "failed" if point.failure else number(point.tps, 2),
                 number(point.deviation, 2),
@@ -324,7 +339,7 @@ def _table(points: Sequence[SpeedPoint], subjects: Mapping[Path, Subject]) -> Ta
         )
     machine = next((point.machine for point in points if point.machine.processor), points[0].machine)
     repetitions = max(len(point.nanoseconds) for point in points)
-    first = points[0]
+    first = points[0].settings
     fixed = [f"{name} {of(first)}" for name, (of, usual) in _SETTINGS.items() if name in same and of(first) != usual]
     runs = f"{repetitions} run{'s' * (repetitions != 1)}"
     caption = "; ".join(filter(None, (*machine.gpus, machine.processor, *fixed, runs, machine.engine)))

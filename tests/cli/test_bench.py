@@ -43,7 +43,7 @@ def test_a_row_for_each_type_and_what_is_swept(library: CommandLine) -> None:
     assert "threads 1; 2 runs; llama.cpp" in lines[-1]
     # each row is told as soon as it is there
     assert run.err.count("tokens/s") == 16
-    assert "small F32, pp16 @ d8: " in run.err
+    assert "small F32, KV f16, pp16 @ d8: " in run.err
 
 
 def test_csv_markdown_and_json_hold_the_same(library: CommandLine) -> None:
@@ -53,9 +53,10 @@ def test_csv_markdown_and_json_hold_the_same(library: CommandLine) -> None:
     assert float(rows[0]["avg_ts"]) > 0
     run = library("bench", "small:F32", *FEW, "-n", "0", "--markdown")
     assert run.out.startswith("| Type | Size MiB | Test |")
-    run = library("bench", "small:F32", *FEW, "-n", "0", "--json")
+    run = library("bench", "small:F32", *FEW, "-n", "0", "--device", "cpu", "--json")
     (row,) = run.json["rows"]
     assert (row["model"], row["type"], row["n_threads"]) == ("small", "F32", 1)
+    assert row["n_gpu_layers"] == 0
     assert row["memory_bytes"] > 10e6
 
 
@@ -64,7 +65,7 @@ def test_a_row_that_fails_says_so(localmix: CommandLine, tmp_path: Path) -> None
     path = write_random_model(tmp_path / "thin.gguf", hidden=64, feed_forward=64, experts=0)
     run = localmix("bench", path, *FEW, "--kv-type", "q8_0,f16", expect=3)
     assert [line.split()[4] == "failed" for line in run.out.splitlines()[2:-1]] == [True, True, False, False]
-    assert "Note: thin F32, pp16: thin.gguf with a context of" in run.err
+    assert "Note: thin F32, KV q8_0, pp16: thin.gguf with a context of" in run.err
 
 
 def test_a_broken_file_is_said_before_anything_runs(library: CommandLine) -> None:
@@ -85,6 +86,7 @@ def test_a_broken_file_is_said_before_anything_runs(library: CommandLine) -> Non
         (("--pg", "8"), "is not P,G"),
         (("-p", "0", "-n", "0"), "nothing to measure"),
         (("--types", "Q2_K"), "small has no file of type Q2_K"),
+        (("--device", "npu"), "no device npu"),
     ],
 )
 def test_a_wrong_option_is_a_sentence(library: CommandLine, words: tuple[str, ...], sentence: str) -> None:

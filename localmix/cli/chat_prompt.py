@@ -127,8 +127,9 @@ def _history(file: Path) -> History:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch(mode=0o600)
+        file.open("rb").close()
         return _KeptHistory(str(file))
-    except OSError:  # a read-only home: then without
+    except OSError:  # a read-only home, a file that is none: then without
         return InMemoryHistory()
 
 

@@ -28,8 +28,10 @@ def test_a_full_disk_costs_the_history_of_later_runs_and_nothing_else(tmp_path: 
     assert file.read_bytes() == written
 
 
-def test_a_home_that_cannot_be_written_to(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["file/chat_history", "folder"])
+def test_a_history_that_cannot_be_kept(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("")
-    history = _history(tmp_path / "file" / "chat_history")
+    (tmp_path / "folder").mkdir()
+    history = _history(tmp_path / place)
     history.append_string("typed")
     assert history.get_strings() == ["typed"]

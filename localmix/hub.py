@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import os
 import re
 import threading
+import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -97,6 +99,7 @@ def look_up(name: str, revision: str | None = None) -> Repository:
         InputError: it holds a file whose name would lead elsewhere.
         UsageError: the name is none.
     """
+    _check_endpoint()
     from huggingface_hub import HfApi, constants, errors
 
     if not _SPEC.fullmatch(name) or ":" in name:
@@ -114,6 +117,8 @@ def look_up(name: str, revision: str | None = None) -> Repository:
         except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]  # httpx's base class
             # nothing has come yet: most likely there is no network, so it is said at once
             raise _unreachable(name, error) from error
+        except UnicodeError as error:
+            raise UsageError("HF_TOKEN holds a character that no token has.", "Copy it again.") from error
         except errors.HFValidationError as error:
             raise UsageError(f"{name!r} is no name of a repository.", "Such as mistralai/Mixtral-8x7B-v0.1.") from error
         except (ValueError, TypeError, KeyError) as error:
@@ -135,6 +140,18 @@ def look_up(name: str, revision: str | None = None) -> Repository:
     if not info.sha or not re.fullmatch(r"[0-9a-f]{7,64}", info.sha):
         raise NetworkError(f"The hub does not say which commit of {name} it means.", _MIRROR)
     return Repository(name, info.sha, tuple(files))
+
+
+def _check_endpoint() -> None:
+    """Check HF_ENDPOINT before huggingface-hub is imported, which fails on an address that is none."""
+    endpoint = os.environ.get("HF_ENDPOINT", "")
+    try:
+        parts = urllib.parse.urlsplit(endpoint)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if endpoint and not usable:
+        raise UsageError(f"HF_ENDPOINT is {endpoint!r}, no address.", "Such as https://huggingface.co, or unset it.")
 
 
 _MIRROR = "If HF_ENDPOINT names a mirror, try the hub itself."

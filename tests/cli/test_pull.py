@@ -112,6 +112,11 @@ def test_wrong_words_and_no_network(localmix: CommandLine, served: Hub) -> None:
     assert "localmix pull org/fox" in localmix.fails("bench", NAME, expect=5)
     away = {**served.variables, "HF_ENDPOINT": "http://127.0.0.1:9"}
     assert "cannot be reached" in dataclasses.replace(localmix, variables=away).fails("pull", NAME, expect=6)
+    for endpoint in ("http://[bad", "http://127.0.0.1:99999", "nonsense", "ftp://hub"):
+        odd = {**served.variables, "HF_ENDPOINT": endpoint}
+        assert "HF_ENDPOINT" in dataclasses.replace(localmix, variables=odd).fails("pull", NAME, expect=2)
+    odd = {**served.variables, "HF_TOKEN": "bäd"}
+    assert "no token has" in dataclasses.replace(localmix, variables=odd).fails("pull", NAME, expect=2)
     offline = {**served.variables, "HF_HUB_OFFLINE": "1"}
     assert "HF_HUB_OFFLINE" in dataclasses.replace(localmix, variables=offline).fails("pull", NAME, expect=6)
     assert not localmix.home.exists() or not list(localmix.home.iterdir())

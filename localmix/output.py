@@ -301,14 +301,28 @@ def _already_taken(path: Path) -> int:
         return 0
 
 
+class _Lock(filelock.FileLock):
+    """A lock whose file goes away with it: thousands of outputs leave nothing behind.
+
+    The file is removed while the lock is held. Who opened it before that gets a lock on a file without a name;
+    filelock sees that, and opens the name anew.
+    """
+
+    def _release(self) -> None:
+        with contextlib.suppress(OSError):  # Windows removes no file that is open: there it stays
+            os.unlink(self.lock_file)
+        super()._release()
+
+
 def lock_for(path: Path) -> filelock.BaseFileLock:
     """One writer for each output; the lock lies in the user's cache so that no file is left beside the output."""
     name = hashlib.sha256(os.fsencode(path.parent.resolve() / path.name)).hexdigest()[:32]
     for folder in (platformdirs.user_cache_path("localmix") / "locks", Path(tempfile.gettempdir()) / "localmix-locks"):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = filelock.FileLock(folder / name)
-            lock.acquire(timeout=0)
+            lock = _Lock(folder / name)
+            # one that is just being released looks taken at first
+            lock.acquire(timeout=0.2, poll_interval=0.02)
             return lock
         except filelock.Timeout:
             raise FileError(

@@ -48,6 +48,33 @@ def test_two_runs_for_one_output_exclude_each_other(tmp_path: Path) -> None:
     assert path.read_bytes() == b"mine"
 
 
+CONTENDER = """
+import os, sys
+from pathlib import Path
+from localmix.errors import FileError
+from localmix.output import lock_for
+path, mark, held = Path(sys.argv[1]), sys.argv[2], 0
+while held < 150:
+    try:
+        lock = lock_for(path)
+    except FileError:
+        continue
+    os.close(os.open(mark, os.O_CREAT | os.O_EXCL))  # fails where two hold it at once
+    os.unlink(mark)
+    lock.release()
+    held += 1
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="XDG_CACHE_HOME is heeded on Linux")
+def test_locks_exclude_and_leave_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    command = [sys.executable, "-c", CONTENDER, str(tmp_path / "out.gguf"), str(tmp_path / "mark")]
+    runs = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    assert [run.communicate()[1] for run in runs] == [""] * 4
+    assert list((tmp_path / "cache" / "localmix" / "locks").iterdir()) == []
+
+
 def test_what_a_killed_run_left_is_swept_by_the_next(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     code = textwrap.dedent("""

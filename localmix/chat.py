@@ -347,13 +347,15 @@ class Conversation:
             LocalmixError: as `Engine.reply`; the conversation is then as it was before.
         """
         question = {"role": "user", "content": text}
+        dropped = self.dropped
         for event in self.engine.reply([*self.messages, question], self.sampling, self.limit, self.grammar):
             if isinstance(event, Dropped):
-                self.dropped += event.turns
+                dropped += event.turns
             elif isinstance(event, Reply):
                 self.last = event
                 if event.text:  # stopped before the first word: as if it had not been asked
                     self.turns += [question, {"role": "assistant", "content": event.text}]
+                    self.dropped = dropped
             yield event
 
     def clear(self) -> None:

@@ -346,6 +346,17 @@ def test_a_full_context_drops_the_oldest_turns(engine: Engine) -> None:
     assert last.cached_tokens > 0
 
 
+def test_turns_are_left_out_when_the_reply_is_there_and_not_before(engine: Engine) -> None:
+    conversation = Conversation(engine, sampling=GREEDY, limit=5)
+    for number in range(3):
+        ask(conversation, f"Question {number}: " + "word " * 30)
+    question = "word " * 80
+    assert next(event for event in conversation.ask(question) if isinstance(event, Dropped))  # and no further
+    assert conversation.dropped == 0 and len(conversation.turns) == 6
+    ask(conversation, question)
+    assert conversation.dropped > 0 and len(conversation.turns) == 8
+
+
 def test_a_full_context_is_a_sentence(engine: Engine) -> None:
     conversation = Conversation(engine, sampling=GREEDY, limit=4)
     with pytest.raises(CapacityError, match="the context holds 512"):

@@ -156,7 +156,9 @@ class Adapter:
         """
         said = self._setting("r", "rank_pattern", module, 8)
         if rank != said:
-            raise InputError(f"{self.path}: {module} has the rank {rank}, but {CONFIG} says {said:g}.", self.origin)
+            raise InputError(
+                f"{self.path}: {shown(module)} has the rank {rank}, but {CONFIG} says {said:g}.", self.origin
+            )
         alpha = self._setting("lora_alpha", "alpha_pattern", module, 8)
         return alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
 
@@ -183,7 +185,7 @@ class Adapter:
         ids = said if isinstance(said, list) else []
         if len(ids) != count or any(type(index) is not int or index < 0 for index in ids):
             raise InputError(
-                f"{self.path / CONFIG}: trainable_token_indices does not say whose {count} rows {module} holds."
+                f"{self.path / CONFIG}: trainable_token_indices does not say whose {count} rows {shown(module)} holds."
             )
         return tuple(ids)
 

@@ -237,8 +237,8 @@ def open_checkpoint(path: Path, *, pre: str | None = None, loras: Sequence[Lora]
         layouts |= {name: _Layout((), values=values) for name, values in derived.tensors.items()}
         metadata = _general_metadata(path, row, tensors)
         if adapters:
-            names = [_model_name(path), *(_model_name(adapter.path) for adapter in adapters)]
-            metadata["general.name"] = text(" + ".join(names))
+            parts = [path, *(adapter.path for adapter in adapters)]
+            metadata["general.name"] = text(" + ".join(map(_model_name, parts)))
         metadata |= row.metadata(settings)
         metadata |= derived.metadata
         if shards or has_tokenizer(path):
@@ -286,7 +286,7 @@ def list_folder(path: Path) -> set[str]:
 def _hint_without_config(names: set[str]) -> str:
     """The next step for the folders that are taken for a checkpoint most often."""
     if "adapter_config.json" in names:
-        return "It is a LoRA adapter: give the folder of a model that it was merged into."
+        return "It is a LoRA adapter: give the folder of its base model, and this one with --lora."
     if any(name.endswith(".gguf") for name in names):
         return "To use a GGUF file, give the file itself."
     return _DOWNLOAD

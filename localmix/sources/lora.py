@@ -17,6 +17,9 @@ from localmix.sources.documents import listed, shown
 from localmix.sources.low_rank import BiasChange, ExpertPart, Factors, LowRankChange, MergedTensor, ReplacedRows
 from localmix.sources.safetensors import WEIGHT_DTYPES, StoredTensor
 
+# What a module may have beside its two factors.
+_BESIDES = ("magnitude", "bias", "tokens")
+
 # Experts of a mixture as transformers 5 and later stacks them, and the names in checkpoints: gate, up, down.
 _EXPERTS = re.compile(r"(?P<block>.+)\.(?P<name>mlp|block_sparse_moe)\.experts(\.base_layer)*")
 _EXPERT_NAMES = (("w1", "w3", "w2"), ("gate_proj", "up_proj", "down_proj"))
@@ -46,6 +49,11 @@ class _Overlay:
         older = name.replace(".mlp.", ".block_sparse_moe.")
         return older if name not in self.stored and older in self.stored else name
 
+    def add(self, name: str, change: LowRankChange | BiasChange, adapter: Adapter) -> None:
+        """Note a change."""
+        self.changes.setdefault(name, []).append(change)
+        self.touch(name, adapter)
+
     def touch(self, name: str, adapter: Adapter) -> None:
         """Note whose a change is; what is held whole cannot be added to what others change."""
         others = self.adapters.setdefault(name, [])
@@ -53,7 +61,9 @@ class _Overlay:
             others.append(adapter)
         if (name in self.whole or name in self.rows) and len(others) > 1:
             folders = " and ".join(str(other.path) for other in others)
-            raise InputError(f"{folders} both change {name}, and one of them holds it whole.", "Merge one of them.")
+            raise InputError(
+                f"{folders} both change {shown(name)}, and one of them holds it whole.", "Merge one of them."
+            )
 
     def tensors(self) -> dict[str, StoredTensor]:
         """The checkpoint's tensors, those that adapters change being merged while they are read."""
@@ -128,7 +138,7 @@ def _place_whole(overlay: _Overlay, adapter: Adapter, rename: Callable[[str], st
             raise _other_base(overlay, adapter, tensor.name, f"has the shape {list(tensor.shape)}", name, base)
         if adapter.scale != 1:
             raise UsageError(
-                f"{adapter.path} holds {name} whole, so it cannot be weighed with {adapter.scale:g}.",
+                f"{adapter.path} holds {shown(name)} whole, so it cannot be weighed with {adapter.scale:g}.",
                 "Give it without a scale.",
             )
         overlay.whole[name] = tensor
@@ -147,74 +157,48 @@ def has_vocabulary_rows(name: str) -> bool:
 
 def _place(overlay: _Overlay, adapter: Adapter, module: AdapterModule, rename: Callable[[str], str]) -> None:
     """Put the changes of one module where they belong."""
-    roles = dict(module.roles)
+    roles = module.roles
     if "tokens" in roles:
         _place_rows(overlay, adapter, module, rename)
-        del roles["tokens"]
-        if not roles:
+        if len(roles) == 1:
             return
-    embedding = "embedding A" in roles or "embedding B" in roles
-    first, second = ("embedding A", "embedding B") if embedding else ("A", "B")
-    a, b = roles.pop(first, None), roles.pop(second, None)
-    if a is None or b is None:
-        held = next(iter(module.roles.values())).name
-        raise InputError(f"{adapter.path} holds {shown(held)}, but not the other tensors of that module.")
+    first, second = ("embedding A", "embedding B") if "embedding A" in roles else ("A", "B")
+    leftovers = [tensor.name for role, tensor in roles.items() if role not in (first, second, *_BESIDES)]
+    if first not in roles or second not in roles or leftovers:
+        names = listed(leftovers or (tensor.name for tensor in roles.values()))
+        raise InputError(f"{adapter.path} holds {names}, but not the other tensors of that module.")
+    a, b = roles[first], roles[second]
     if min(len(a.shape), len(b.shape)) < 2 or 0 in (*a.shape, *b.shape):
         raise InputError(
             f"{adapter.path}: {shown(a.name)} and {shown(b.name)} are no matrices.", "Save the adapter again, gathered."
         )
     name = overlay.find(rename(f"{module.name}.weight"))
-    base = overlay.origin(name)
-    if base is None:
+    if overlay.origin(name) is None:
         _place_experts(overlay, adapter, module, a, b, rename)
         return
     _require_floats(overlay, adapter, name)
-    _add(overlay, adapter, name, a, b, roles.pop("magnitude", None), embedding, base, module.name)
-    bias = roles.pop("bias", None)
-    if bias is not None:
-        target = rename(f"{module.name}.bias")
-        own = overlay.origin(target)
-        if own is None or own.shape != bias.shape:
-            problem = f"has the shape {list(bias.shape)}"
-            raise _other_base(overlay, adapter, bias.name, problem, target, own)
-        scale = adapter.scaling(module.name, _rank(a)) * adapter.scale
-        overlay.changes.setdefault(target, []).append(BiasChange(bias, scale))
-        overlay.touch(target, adapter)
-    if roles:
-        leftovers = listed(sorted(tensor.name for tensor in roles.values()))
-        raise InputError(f"{adapter.path}: {leftovers} cannot be used together with {shown(a.name)}.")
+    _place_product(overlay, adapter, module, name, a, b)
+    if "bias" in roles:
+        _place_bias(overlay, adapter, module, rename(f"{module.name}.bias"), a.shape[0])
 
 
-def _rank(a: StoredTensor) -> int:
-    return a.shape[0]
-
-
-def _matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
-    return shape[0], math.prod(shape[1:])
-
-
-def _add(
-    overlay: _Overlay,
-    adapter: Adapter,
-    name: str,
-    a: StoredTensor,
-    b: StoredTensor,
-    magnitude: StoredTensor | None,
-    embedding: bool,
-    base: StoredTensor,
-    module: str,
+def _place_product(
+    overlay: _Overlay, adapter: Adapter, module: AdapterModule, name: str, a: StoredTensor, b: StoredTensor
 ) -> None:
-    """Add a low-rank change to one tensor of the checkpoint."""
+    """Add the product of two factors to one tensor of the checkpoint."""
+    base, magnitude = overlay.origin(name), module.roles.get("magnitude")
+    assert base is not None
     (rank, inner), (outer, inner_rank) = _matrix_shape(a.shape), _matrix_shape(b.shape)
-    wanted, mirrored = (outer, inner), (inner, outer)
     own = _matrix_shape(base.shape)
-    transposed = embedding or (adapter.transposed and own == mirrored)
-    if rank != inner_rank or own != (mirrored if transposed else wanted) or not base.shape[1:]:
-        made = f"is for a weight of {list(mirrored if transposed else wanted)}"
-        raise _other_base(overlay, adapter, a.name, made, name, base)
+    transposed = "embedding A" in module.roles or (adapter.transposed and own == (inner, outer))
+    wanted = (inner, outer) if transposed else (outer, inner)
+    if rank != inner_rank or own != wanted:
+        raise _other_base(overlay, adapter, a.name, f"is for a weight of {list(wanted)}", name, base)
     if (magnitude is not None) != adapter.uses_magnitudes:
         has = "has no lora_magnitude_vector" if magnitude is None else "has a lora_magnitude_vector"
-        raise InputError(f"{adapter.path}: {module} {has}, but {CONFIG} says use_dora: {adapter.uses_magnitudes}.")
+        raise InputError(
+            f"{adapter.path}: {shown(module.name)} {has}, but {CONFIG} says use_dora: {adapter.uses_magnitudes}."
+        )
     if magnitude is not None and math.prod(magnitude.shape) != outer:
         raise InputError(
             f"{adapter.path}: {shown(magnitude.name)} has {math.prod(magnitude.shape)} values for {outer} rows.",
@@ -222,15 +206,27 @@ def _add(
         )
     change = LowRankChange(
         Factors(a, b, transposed=transposed),
-        adapter.scaling(module, rank),
+        adapter.scaling(module.name, rank),
         adapter.scale,
         adapter.load,
         magnitude,
-        transposed,
-        base,
+        of_columns=transposed,
+        weights=base,
     )
-    overlay.changes.setdefault(name, []).append(change)
-    overlay.touch(name, adapter)
+    overlay.add(name, change, adapter)
+
+
+def _place_bias(overlay: _Overlay, adapter: Adapter, module: AdapterModule, name: str, rank: int) -> None:
+    """Add the bias of a second factor to the bias of the layer."""
+    bias, base = module.roles["bias"], overlay.origin(name)
+    if base is None or base.shape != bias.shape:
+        raise _other_base(overlay, adapter, bias.name, f"has the shape {list(bias.shape)}", name, base)
+    overlay.add(name, BiasChange(bias, adapter.scaling(module.name, rank) * adapter.scale), adapter)
+
+
+def _matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns, a convolution's further dimensions being columns; a vector is no matrix of any shape."""
+    return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (0, 0)
 
 
 def _place_rows(overlay: _Overlay, adapter: Adapter, module: AdapterModule, rename: Callable[[str], str]) -> None:
@@ -245,7 +241,7 @@ def _place_rows(overlay: _Overlay, adapter: Adapter, module: AdapterModule, rena
         raise _other_base(overlay, adapter, values.name, f"is for token {max(indices)}", name, base)
     if adapter.scale != 1:
         raise UsageError(
-            f"{adapter.path} holds rows of {name} whole, so it cannot be weighed with {adapter.scale:g}.",
+            f"{adapter.path} holds rows of {shown(name)} whole, so it cannot be weighed with {adapter.scale:g}.",
             "Give it without a scale.",
         )
     overlay.rows[name] = ReplacedRows(indices, values)
@@ -266,7 +262,7 @@ def _place_experts(
     if layout is None:
         raise InputError(
             f"{adapter.path}: {shown(a.name)} belongs to no weight of {overlay.path}"
-            f" (there is no {rename(f'{module.name}.weight')}).",
+            f" (there is no {shown(rename(f'{module.name}.weight'))}).",
             adapter.origin,
         )
     gates, ups, downs = layout
@@ -288,8 +284,7 @@ def _place_experts(
         for expert, name in enumerate(names):
             factors = Factors(a, b, expert=ExpertPart(expert, count, start, stop))
             change = LowRankChange(factors, scale, adapter.scale, adapter.load)
-            overlay.changes.setdefault(name, []).append(change)
-            overlay.touch(name, adapter)
+            overlay.add(name, change, adapter)
 
 
 def _parameter(module: str, name: str) -> str:
@@ -318,7 +313,7 @@ def _require_floats(overlay: _Overlay, adapter: Adapter, name: str) -> None:
     base = overlay.stored.get(name)
     if base is not None and base.dtype not in WEIGHT_DTYPES:
         raise InputError(
-            f"{overlay.path}: {base.name} is {base.dtype}, into which {adapter.path} cannot be merged.",
+            f"{overlay.path}: {shown(base.name)} is {base.dtype}, into which {adapter.path} cannot be merged.",
             "Take the checkpoint in bf16, f16 or f32.",
         )
 
@@ -326,7 +321,7 @@ def _require_floats(overlay: _Overlay, adapter: Adapter, name: str) -> None:
 def _other_base(
     overlay: _Overlay, adapter: Adapter, own_name: str, made: str, name: str, base: StoredTensor | None
 ) -> InputError:
-    has = f"{name} has the shape {list(base.shape)}" if base is not None else f"there is no {name}"
+    has = f"{shown(name)} has the shape {list(base.shape)}" if base is not None else f"there is no {shown(name)}"
     return InputError(
         f"{adapter.path} is no adapter of {overlay.path}: {shown(own_name)} {made}, and {has}.", adapter.origin
     )

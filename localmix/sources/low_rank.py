@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from localmix.errors import InputError
 from localmix.native.kernels import quantize_rows
+from localmix.sources.documents import shown
 from localmix.sources.positional import is_noting
 from localmix.sources.safetensors import WEIGHT_DTYPES, StoredTensor
 from localmix.tensor_types import TensorType, widen
@@ -271,7 +272,7 @@ class MergedTensor(StoredTensor):
         if bad.any():
             row, column = (int(at) for at in np.argwhere(bad)[0])
             value = rows[row, column]
-            named = f"{self.name} at row {start + row}, column {column}"
+            named = f"{shown(self.name)} at row {start + row}, column {column}"
             folders = " and ".join(map(str, self.adapters))
             if np.isfinite(value):
                 raise InputError(

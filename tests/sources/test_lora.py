@@ -329,8 +329,8 @@ DAMAGES: Mapping[str, tuple[Callable[[Path], None], str]] = {
         "layers.9.x.lora_A.weight' belongs to no weight",
     ),
     "an unknown kind of tensor": (add(f"{QUERY}.lora_mask", 4), "belong nowhere .*lora_mask"),
-    "whole, of another shape": (add(f"{PREFIX}model.norm.weight", 33), r"model.norm.weight has the shape \[32\]"),
-    "a bias nobody has": (add(f"{QUERY}.lora_B.bias", 32), "there is no model.layers.0.self_attn.q_proj.bias"),
+    "whole, of another shape": (add(f"{PREFIX}model.norm.weight", 33), r"'model.norm.weight' has the shape \[32\]"),
+    "a bias nobody has": (add(f"{QUERY}.lora_B.bias", 32), "there is no 'model.layers.0.self_attn.q_proj.bias'"),
     "a magnitude too many": (add(f"{QUERY}.lora_magnitude_vector", 32), "use_dora: False"),
     "a magnitude missing": (configure(use_dora=True), "use_dora: True"),
     "another rank than said": (configure(r=8), "has the rank 4, but adapter_config.json says 8"),
@@ -348,7 +348,7 @@ DAMAGES: Mapping[str, tuple[Callable[[Path], None], str]] = {
         "does not say whose 2 rows",
     ),
     "only the embedding is larger": (add(f"{PREFIX}model.embed_tokens.weight", 400, 32), "400 embeddings but 384"),
-    "NaN": (change(f"{QUERY}.lora_B.weight", lambda b: b * np.float32("nan")), "q_proj.weight at row 0, column 0 nan"),
+    "NaN": (change(f"{QUERY}.lora_B.weight", lambda b: b * np.float32("nan")), "q_proj.weight' at row 0, column 0 nan"),
     "integers": (
         lambda adapter: write_shard(adapter / WEIGHTS, {"x": ("I32", np.zeros(3, "<i4"))}),  # type: ignore[func-returns-value]
         "is I32; adapters are",
@@ -463,6 +463,34 @@ def test_memory_is_that_of_factors_and_slices(tmp_path: Path) -> None:
     opened.close()
     shard.close()
     assert peak < 24 << 20  # the whole tensor takes 64 MiB in float32
+
+
+def test_stacked_experts_of_other_names(tmp_path: Path) -> None:
+    base, adapter = write_pair(tmp_path, "stacked-experts", "F32")
+    with overlaid(base, Lora(adapter)) as tensors:
+        wanted = read_all(tensors)
+
+    def rename(name: str) -> str:
+        for own, other in (("block_sparse_moe", "mlp"), ("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj")):
+            name = name.replace(own, other)
+        return name
+
+    (base / "model.safetensors.index.json").unlink()
+    for shard in base.glob("model*"):
+        write_shard(shard, {rename(name): tensor for name, tensor in read_shard(shard).items()})
+    with overlaid(base, Lora(adapter)) as tensors:
+        found = read_all(tensors)
+    for name, values in wanted.items():
+        np.testing.assert_array_equal(found[rename(name)], values)
+
+
+def test_stacked_experts_of_another_base(tmp_path: Path) -> None:
+    base, adapter = write_pair(tmp_path, "stacked-experts", "F32")
+    module = f"{PREFIX}model.layers.1.mlp.experts"
+    damage = change(f"{module}.lora_A.weight", lambda a: a[:, :-1])
+    damage(adapter)
+    with pytest.raises(InputError, match=r"is for 2 experts' weights of \[32, 47\]"), overlaid(base, Lora(adapter)):
+        pass
 
 
 def test_mixtures_read_experts_one_by_one(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from localmix.errors import CapacityError, FileError, UsageError
-from localmix.output import OutputFile, check_outputs, write_atomically
+from localmix.output import OutputFile, check_outputs, lock_for, write_atomically
 
 
 def names(folder: Path) -> list[str]:
@@ -73,6 +73,30 @@ def test_locks_exclude_and_leave_no_file(tmp_path: Path, monkeypatch: pytest.Mon
     runs = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(4)]
     assert [run.communicate()[1] for run in runs] == [""] * 4
     assert list((tmp_path / "cache" / "localmix" / "locks").iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no names without files on Windows")
+def test_a_lock_is_held_until_its_file_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    monkeypatch.setattr("platformdirs.user_cache_path", lambda name: tmp_path / name)
+    lock = lock_for(tmp_path / "out")
+    (name,) = (tmp_path / "localmix" / "locks").iterdir()
+    unlink, seen = os.unlink, []
+
+    def watched(path: str) -> None:
+        with open(path, "rb") as other, pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        seen.append(path)
+        unlink(path)
+
+    with name.open("rb") as opened_before:
+        monkeypatch.setattr(os, "unlink", watched)
+        lock.release()
+        monkeypatch.undo()
+        assert [Path(path) for path in seen] == [name] and not name.exists()
+        fcntl.flock(opened_before, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a lock that no name leads to hinders nobody
+        lock_for(tmp_path / "out").release()
 
 
 def test_what_a_killed_run_left_is_swept_by_the_next(tmp_path: Path) -> None:

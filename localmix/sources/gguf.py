@@ -77,7 +77,7 @@ class GGUFFile(Source):
         said = self.get("{arch}.expert_count")
         experts = said if type(said) is int and said > 0 else 0
         stacks = {stack.info.name: stack for stack in stack_experts(infos, experts, str(self.path))}
-        joined = [stack for stack in stacks.values() if len(stack.sources) > 1]
+        joined = [stack for stack in stacks.values() if stack.sources != (stack.info.name,)]
         if joined:
             count = sum(len(stack.sources) for stack in joined)
             self.repairs.append("tensors of single experts are stacked")

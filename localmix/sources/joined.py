@@ -54,7 +54,7 @@ def find_pieces(path: Path) -> list[Path]:
         if same and match["place"].isdigit() == given["place"].isdigit() and _same_width(match, given):
             found[_number(match["place"])] = path.with_name(match.string)
     first = 0 if 0 in found or not given["place"].isdigit() else 1
-    last = first + int(given["count"]) - 1 if given["count"] else max(found)
+    last = first + int(given["count"]) - 1 if given["count"] else max(found, default=_number(given["place"]))
     if last - first >= _MOST_PIECES:
         raise InputError(f"{path.name} says that it is one of more than {_MOST_PIECES} pieces, which no model has.")
     missing = [_piece_name(given, number) for number in range(first, last + 1) if number not in found]

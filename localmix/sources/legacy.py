@@ -7,6 +7,7 @@ those days gave them by chance, the poorer ones are written again in the richest
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -65,12 +66,14 @@ _AGAIN = "Download it again, or convert the checkpoint it came from."
 
 
 def _require_all(found: Mapping[str, Mapping[int, TensorInfo]], count: int, subject: str) -> None:
-    wanted = [
-        name.replace("_exps", f".{number}") for name, of in found.items() for number in range(count) if number not in of
-    ]
+    missing = count * len(found) - sum(number < count for of in found.values() for number in of)
     beyond = [info.name for of in found.values() for number, info in of.items() if number >= count]
-    if wanted:
-        raise InputError(f"{subject}: experts are missing: {listed(wanted, _MOST_NAMED)}.", _AGAIN)
+    if missing:
+        # a broken count must not be counted out
+        every = ((name, number) for name, of in found.items() for number in range(count) if number not in of)
+        first = [name.replace("_exps", f".{number}") for name, number in itertools.islice(every, _MOST_NAMED)]
+        more = f" and {missing - len(first):,} more" if missing > len(first) else ""
+        raise InputError(f"{subject}: experts are missing: {', '.join(first)}{more}.", _AGAIN)
     if beyond:
         raise InputError(f"{subject} has {count} experts, and holds {listed(beyond, _MOST_NAMED)} besides.", _AGAIN)
 

@@ -10,13 +10,14 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 
 from localmix.convert import convert
-from localmix.errors import InputError
+from localmix.errors import FileError, InputError
 from localmix.native.model import Context, Model
 from localmix.presets import load_presets
 from localmix.quantize import quantize
+from localmix.sources.base import TensorInfo
 from localmix.sources.gguf import GGUFFile
 from localmix.sources.joined import find_pieces, whole_name
-from localmix.sources.legacy import common_type
+from localmix.sources.legacy import common_type, stack_experts
 from localmix.tensor_types import TensorType
 from tests.old_files import as_version_1, cut, write_with_single_experts
 
@@ -75,8 +76,22 @@ def test_slices_across_experts(tinymix_bf16: Path, tmp_path: Path) -> None:
 def test_missing_experts_are_named(quantized: Path, tmp_path: Path) -> None:
     gone = ("blk.1.ffn_up.7.weight", "blk.2.ffn_down.0.weight")
     old = write_with_single_experts(quantized, tmp_path / "old.gguf", drop=gone)
-    with pytest.raises(InputError, match=r"'blk.1.ffn_up.7.weight', 'blk.2.ffn_down.0.weight'\."):
+    with pytest.raises(InputError, match=r"missing: blk\.1\.ffn_up\.7\.weight, blk\.2\.ffn_down\.0\.weight\."):
         GGUFFile(old)
+
+
+def test_an_absurd_count_of_experts_costs_nothing() -> None:
+    infos = [TensorInfo(f"blk.{layer}.ffn_up.0.weight", (4, 32), TensorType.F32) for layer in range(3)]
+    with pytest.raises(InputError, match=r"blk.0.ffn_up.8.weight and 12,884,901,874 more"):
+        stack_experts(infos, (1 << 32) - 1, "m.gguf")
+    with pytest.raises(InputError, match=r"has 1 experts, and holds 'blk.0.ffn_up.1.weight' besides"):
+        stack_experts([*infos, TensorInfo("blk.0.ffn_up.1.weight", (4, 32), TensorType.F32)], 1, "m.gguf")
+    with pytest.raises(InputError, match=r"as one tensor and as one for each expert"):
+        stack_experts([*infos, TensorInfo("blk.0.ffn_up_exps.weight", (1, 4, 32), TensorType.F32)], 1, "m.gguf")
+    other = TensorInfo("blk.0.ffn_up.1.weight", (8, 32), TensorType.F32)
+    with pytest.raises(InputError, match=r"ffn_up.1.weight has the shape \[8, 32\], which cannot be stacked"):
+        stack_experts([infos[0], other], 0, "m.gguf")
+    assert [stack.info.shape for stack in stack_experts(infos, 0, "m.gguf")] == [(1, 4, 32)] * 3
 
 
 def test_experts_of_mixed_types_meet_in_the_richest(quantized: Path, tmp_path: Path) -> None:
@@ -174,6 +189,13 @@ def test_a_piece_that_changes_is_noticed(quantized: Path, tmp_path: Path) -> Non
             piece.write(b"more")
         with pytest.raises(InputError, match="changed while it was read"):
             source.check_unchanged()
+
+
+def test_a_piece_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"missing: m\.gguf-split-a, m\.gguf-split-b\."):
+        find_pieces(tmp_path / "m.gguf-split-b")
+    with pytest.raises(FileError, match="cannot be read"):
+        find_pieces(tmp_path / "absent" / "m.gguf-split-b")
 
 
 def test_an_absurd_count_is_not_looped_over(tmp_path: Path) -> None:

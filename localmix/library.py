@@ -371,6 +371,11 @@ def _checked(path: Path, purpose: Purpose) -> Path:
         )
     # any part means the whole; llama.cpp opens the first one only
     first = path.with_name(_PART.sub(r"-00001\1", path.name)) if path.name else path
+    if ".gguf" in path.name and path.suffix != ".gguf":
+        from localmix.sources.joined import find_pieces
+
+        with contextlib.suppress(LocalmixError):  # told when it is opened
+            first = next(iter(find_pieces(path)), first)
     return first if first.exists() else path
 
 

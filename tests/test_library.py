@@ -334,3 +334,14 @@ def _note(home: Path, name: str) -> None:
     (home.parent / name).mkdir()
     for _ in range(20):
         library.remember(put(home, name, "Q8_0"), source=home.parent / name)
+
+
+def test_any_piece_of_a_cut_file_means_the_whole(tmp_path: Path) -> None:
+    for letter in "abc":
+        (tmp_path / f"fox.Q4_K_M.gguf-split-{letter}").write_bytes(b"")
+    first = tmp_path / "fox.Q4_K_M.gguf-split-a"
+    assert library.resolve(tmp_path / "fox.Q4_K_M.gguf-split-c", library.Purpose.SOURCE) == first
+    assert library.split_name(first) == ("fox", "Q4_K_M")
+    first.unlink()
+    last = tmp_path / "fox.Q4_K_M.gguf-split-c"
+    assert library.resolve(last, library.Purpose.SOURCE) == last

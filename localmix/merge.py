@@ -25,9 +25,9 @@ import numpy as np
 
 from localmix import __version__
 from localmix.architectures import ARCHITECTURES
-from localmix.errors import FileError, InputError
+from localmix.errors import CapacityError, FileError, InputError
 from localmix.native.devices import default_threads
-from localmix.output import OutputFile, check_outputs, file_error, lock_for
+from localmix.output import OutputFile, file_error, lock_for
 from localmix.sources.adapter import HEAD, Adapter, Lora
 from localmix.sources.checkpoint import CONFIG, INDEX, list_folder, open_adapters, open_shards, tokenizer_folder
 from localmix.sources.documents import DOCUMENT_LIMIT, read_object, shown
@@ -167,6 +167,7 @@ def merge(
         CapacityError, FileError: the disk is too small or refuses, or the folder is not empty.
     """
     started = time.monotonic()
+    named, output = output, Path(os.path.abspath(output))
     with ExitStack() as opened:
         names = list_folder(base)
         if CONFIG not in names:
@@ -187,14 +188,15 @@ def merge(
         _check_output(output)
         opened.callback(lock_for(output).release)
         sources = [shard.path for shard in (*shards, *(adapter.shard for adapter in adapters))]
+        _check_room(output, sum(layout.bytes for layout in layouts) + sum(map(len, documents.values())))
         with _folder(output, _fingerprint(sources, adapters, layouts, documents)) as partial:
-            _write(partial, layouts, sources, threads or default_threads(), progress)
+            _write(partial, layouts, threads or default_threads(), progress)
             for shard in (*shards, *(adapter.shard for adapter in adapters)):
                 shard.file.check_unchanged()
             for name, content in documents.items():
                 _write_document(partial / name, content)
     return Merged(
-        output,
+        named,
         len(layouts),
         sum(len(layout.places) for layout in layouts),
         sum(isinstance(tensor, MergedTensor) for tensor in tensors.values()),
@@ -323,13 +325,11 @@ def _json(document: Mapping[str, Any]) -> bytes:
 
 
 def _check_output(output: Path) -> None:
+    if not output.parent.is_dir():
+        raise FileError(f"The folder {output.parent} does not exist.", f"Make it with `mkdir -p {output.parent}`.")
     try:
         kept = os.listdir(output)
     except FileNotFoundError:
-        if not output.parent.is_dir():
-            raise FileError(
-                f"The folder {output.parent} does not exist.", f"Make it with `mkdir -p {output.parent}`."
-            ) from None
         return
     except NotADirectoryError as error:
         raise FileError(f"{output} is a file, and a merged checkpoint is a folder.", "Name another with -o.") from error
@@ -337,6 +337,22 @@ def _check_output(output: Path) -> None:
         raise file_error(error, output, "write") from error
     if kept or output.is_symlink():
         raise FileError(f"{output} is not empty.", "Name a folder that does not exist with -o, or delete that one.")
+
+
+def _check_room(output: Path, size: int) -> None:
+    """Refuse before any work what the disk does not hold; what a killed run left is used again, or freed."""
+    partial = output.with_name(_partial_name(output))
+    needed = size - (sum(path.lstat().st_size for path in partial.iterdir()) if partial.is_dir() else 0)
+    free = shutil.disk_usage(output.parent).free
+    if needed > free:
+        raise CapacityError(
+            f"{output.parent} has {free / 2**30:.2f} GiB free, and {output.name} takes {needed / 2**30:.2f} GiB.",
+            "Free some space, or choose another folder with -o.",
+        )
+
+
+def _partial_name(output: Path) -> str:
+    return f".{output.name}.partial"
 
 
 def _fingerprint(
@@ -359,7 +375,7 @@ def _fingerprint(
 @contextlib.contextmanager
 def _folder(output: Path, fingerprint: str) -> Iterator[Path]:
     """A folder that gets the output's name when the block is done; it goes when the block fails."""
-    partial = output.with_name(f".{output.name}.partial")
+    partial = output.with_name(_partial_name(output))
     recipe = partial / _RECIPE
     try:
         if partial.is_symlink() or not partial.is_dir():
@@ -411,12 +427,9 @@ def _write_document(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _write(
-    partial: Path, layouts: Sequence[_Layout], sources: Sequence[Path], threads: int, progress: Progress | None
-) -> None:
+def _write(partial: Path, layouts: Sequence[_Layout], threads: int, progress: Progress | None) -> None:
     """Write the shards that an earlier, killed run did not finish, one after the other."""
     missing = [layout for layout in layouts if not _is_there(partial / layout.name, layout.bytes)]
-    check_outputs([(partial / layout.name, layout.bytes) for layout in missing], sources)
     total = sum(layout.bytes for layout in layouts)
     done = total - sum(layout.bytes for layout in missing)
     with ThreadPoolExecutor(threads, thread_name_prefix="merge") as pool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from localmix import output
 from localmix.errors import CapacityError, FileError, InputError, LocalmixError
 from localmix.merge import merge
 from localmix.sources.adapter import Lora
@@ -221,20 +221,28 @@ def test_a_fault_leaves_everything_as_it_was(tmp_path: Path, pair: tuple[Path, P
     assert not (tmp_path / ".out.partial").exists()
 
 
-def test_folders_where_nothing_can_be_written(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+def test_folders_that_are_there_or_not(
+    tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     base, adapter = pair
     with pytest.raises(FileError, match="does not exist"):
         merge(base, [Lora(adapter)], tmp_path / "absent" / "out", threads=1)
+    with pytest.raises(FileError, match="does not exist"):
+        merge(base, [Lora(adapter)], base / "config.json" / "out", threads=1)
     (tmp_path / "out").mkdir()
     merge(base, [Lora(adapter)], tmp_path / "out", threads=1)  # an empty one is as good as none
     assert (tmp_path / "out" / FIRST).exists()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    merge(base, [Lora(adapter)], Path("."), threads=1)
+    assert (tmp_path / "here" / FIRST).exists()
 
 
 def test_a_disk_that_is_too_small_is_said_before_the_work(
     tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, adapter = pair
-    monkeypatch.setattr(output.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(CapacityError, match="GiB free"):
         merge(base, [Lora(adapter)], tmp_path / "out", threads=1)
     assert {path.name for path in tmp_path.iterdir()} == {"base", "plain"}

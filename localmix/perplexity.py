@@ -367,17 +367,18 @@ def decode_chunks(context: Context, chunks: NDArray[np.int32], layout: Layout, l
 
     llama.cpp cuts a batch of several sequences into micro-batches of an equal stretch of each. The same cuts
     are made here, so that the numbers are the same, but each piece is a decode of its own: only its logits
-    are in memory.
+    are in memory. Where llama.cpp computes more chunks side by side than `Layout` does, the stretches stay its own.
 
     Args:
         chunks: int32 `[chunks, positions]`.
         logits_from: first position of each chunk whose logits are wanted.
     """
     size = chunks.shape[1]
+    side_by_side = max(1, BATCH // size)
     for first in range(0, len(chunks), layout.parallel):
         group = chunks[first : first + layout.parallel]
         context.clear()
-        step = max(1, MICRO_BATCH // len(group))
+        step = max(1, MICRO_BATCH // min(side_by_side, len(chunks) - first // side_by_side * side_by_side))
         sequences = np.arange(len(group))
         for start in range(0, size, step):
             positions = np.arange(start, min(start + step, size))

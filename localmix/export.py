@@ -162,6 +162,9 @@ def _turns(metadata: Mapping[str, Any], model: Path, notes: list[str]) -> TurnFo
         notes.append(f"{model.name} has no chat template: Ollama passes on what is typed.")
         return None
     bos, eos = (_token_text(metadata, f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos"))
+    if any("\ud800" <= character <= "\udfff" for character in template + bos + eos):
+        notes.append("No TEMPLATE is written: the chat template, or a token in it, is not UTF-8.")
+        return None
     try:
         turns = _in_a_child(template, bos, eos, model)
     except InputError as error:

@@ -184,6 +184,14 @@ def test_without_a_template_and_with_one_that_cannot_be_carried_over(tmp_path: P
         assert any(words in note for note in modelfile.notes)
 
 
+def test_a_template_that_is_no_utf8(tmp_path: Path) -> None:
+    path = with_template(tmp_path, CHATML)
+    path.write_bytes(path.read_bytes().replace(b"<|im_end|>", b"<|im\xffend|>"))
+    modelfile = ollama(path)
+    assert not modelfile.template and "not UTF-8" in modelfile.notes[0]
+    modelfile.text.encode("utf-8")
+
+
 def test_a_template_without_end_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("localmix.export.TEMPLATE_SECONDS", 0.5)
     path = with_template(tmp_path, "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}")

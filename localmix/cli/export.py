@@ -44,7 +44,7 @@ def command(
     target = output or DEFAULT
     if target.is_dir():
         target = target / DEFAULT
-    write_atomically(target, modelfile.text.encode("utf-8"))
+    write_atomically(target, modelfile.text.encode("utf-8", "surrogateescape"))
     for note in modelfile.notes:
         console.warn(note)
     name = library.model_name(path)

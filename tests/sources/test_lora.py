@@ -37,7 +37,8 @@ from tests.adapters import (
     write_adapter,
     write_pair,
 )
-from tests.checkpoints import TOKENIZER_PIECES, Tensors, read_shard, write_checkpoint, write_shard
+from tests.checkpoints import TOKENIZER_PIECES, Tensors, make_tensors, read_shard, write_checkpoint, write_shard
+from tests.sources.test_fp8 import CONFIGS, quantized
 
 Doubles = dict[str, npt.NDArray[np.float64]]
 
@@ -503,3 +504,24 @@ def test_mixtures_read_experts_one_by_one(tmp_path: Path) -> None:
             got = source.read(info, expert * rows, (expert + 1) * rows)
             assert got.dtype == FLOAT_TYPES[info.type]
             np.testing.assert_array_equal(got, wanted.read_rows(0, rows))
+
+
+def test_an_adapter_of_an_fp8_checkpoint(tmp_path: Path) -> None:
+    scales, ending, block = CONFIGS["static"]
+    shape = replace(MIXTURE, shards=1)
+    narrow, plain = quantized(make_tensors(shape), scales, ending)
+    folders = [
+        write_checkpoint(tmp_path / "plain" / "base", shape),
+        write_checkpoint(tmp_path / "small" / "base", replace(shape, config={"quantization_config": block})),
+    ]
+    for folder, tensors in zip(folders, (plain, narrow), strict=True):
+        write_shard(folder / "model.safetensors", tensors)
+    adapter = write_adapter(tmp_path / "adapter", folders[0], KINDS["plain"])
+    with (
+        open_checkpoint(folders[0], loras=[Lora(adapter)]) as one,
+        open_checkpoint(folders[1], loras=[Lora(adapter)]) as other,
+    ):
+        for info in one.tensors:
+            np.testing.assert_array_equal(one.read(info, 0, info.rows), other.read(info, 0, info.rows))
+    with pytest.raises(InputError, match="already quantized"):
+        merge(folders[1], [Lora(adapter)], tmp_path / "out", threads=1)

@@ -28,10 +28,10 @@ from localmix.architectures import ARCHITECTURES
 from localmix.errors import CapacityError, FileError, InputError
 from localmix.native.devices import default_threads
 from localmix.output import OutputFile, file_error, lock_for
-from localmix.sources.adapter import HEAD, Adapter, Lora
+from localmix.sources.adapter import Adapter, Lora, is_embedding
 from localmix.sources.checkpoint import CONFIG, INDEX, list_folder, open_adapters, open_shards, tokenizer_folder
 from localmix.sources.documents import DOCUMENT_LIMIT, read_object, shown
-from localmix.sources.lora import describe, has_vocabulary_rows, lay_over
+from localmix.sources.lora import describe, lay_over
 from localmix.sources.low_rank import MergedTensor
 from localmix.sources.positional import read_whole
 from localmix.sources.safetensors import DTYPE_BITS, Shard, StoredTensor
@@ -184,7 +184,7 @@ def merge(
         adapters = open_adapters(base, loras, shards, opened)
         tensors, added = _overlaid(base, config, shards, adapters)
         layouts = [_layout(shard, tensors, added if number == 0 else ()) for number, shard in enumerate(shards)]
-        documents = _documents(base, adapters, tensors, config, layouts, added)
+        documents = _documents(base, config, shards, adapters, tensors, layouts, added)
         _check_output(output)
         opened.callback(lock_for(output).release)
         sources = [shard.path for shard in (*shards, *(adapter.shard for adapter in adapters))]
@@ -250,9 +250,10 @@ def _layout(shard: Shard, tensors: Mapping[str, StoredTensor], added: Sequence[S
 
 def _documents(
     base: Path,
+    config: dict[str, Any],
+    shards: Sequence[Shard],
     adapters: Sequence[Adapter],
     tensors: Mapping[str, StoredTensor],
-    config: dict[str, Any],
     layouts: Sequence[_Layout],
     added: Sequence[StoredTensor],
 ) -> dict[str, bytes]:
@@ -267,7 +268,7 @@ def _documents(
         found |= {
             name: read_whole(folder / name, DOCUMENT_LIMIT) for name in _small_files(folder) if _is_tokenizer(name)
         }
-    changed = _changed_config(config, tensors, added)
+    changed = _changed_config(config, shards, tensors, added)
     if changed != config:
         found[CONFIG] = _json(changed)
     if INDEX in found:
@@ -292,18 +293,23 @@ def _small_files(folder: Path) -> list[str]:
 
 
 def _changed_config(
-    config: Mapping[str, Any], tensors: Mapping[str, StoredTensor], added: Sequence[StoredTensor]
+    config: Mapping[str, Any],
+    shards: Sequence[Shard],
+    tensors: Mapping[str, StoredTensor],
+    added: Sequence[StoredTensor],
 ) -> dict[str, Any]:
     """config.json with the size of a vocabulary that an adapter brought, and with an output of its own."""
     changes: dict[str, Any] = {}
-    for name, tensor in tensors.items():
-        if has_vocabulary_rows(name) and isinstance(tensor, MergedTensor):
-            changes["vocab_size"] = tensor.shape[0]
-    if any(tensor.name == HEAD for tensor in added):
+    for name, tensor in ((name, tensor) for shard in shards for name, tensor in shard.tensors.items()):
+        if is_embedding(name) and tensors[name].shape != tensor.shape:
+            changes["vocab_size"] = tensors[name].shape[0]
+    if added:
         changes["tie_word_embeddings"] = False
     section = config.get("text_config")
-    if isinstance(section, dict) and "vocab_size" not in config:
-        return {**config, "text_config": {**section, **changes}}
+    if isinstance(section, dict):  # of a model that sees or hears, too
+        inner = {name: value for name, value in changes.items() if name in section or name not in config}
+        changes = {name: value for name, value in changes.items() if name in config or name not in inner}
+        return {**config, **changes, "text_config": {**section, **inner}}
     return {**config, **changes}
 
 

@@ -134,6 +134,28 @@ def test_an_output_of_its_own_unties_the_model(tmp_path: Path) -> None:
         assert "output.weight" in {info.name for info in source.tensors}
 
 
+def test_a_padded_vocabulary_stays_what_it_is(tmp_path: Path) -> None:
+    base, adapter = write_pair(tmp_path, "embedding")
+    edit_json(base / "config.json", lambda config: config.update(vocab_size=TOKENIZER_PIECES - 3))
+    merge(base, [Lora(adapter)], tmp_path / "out", threads=1)
+    assert (tmp_path / "out" / "config.json").read_bytes() == (base / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize("above", [True, False], ids=["above", "inside"])
+def test_the_size_of_a_vocabulary_in_a_section(tmp_path: Path, above: bool) -> None:
+    base, adapter = write_pair(tmp_path, "vocabulary")
+
+    def change(config: dict[str, Any]) -> None:
+        size = config["vocab_size"] if above else config.pop("vocab_size")
+        config["text_config"] = {"vocab_size": size, "x": 1}
+
+    edit_json(base / "config.json", change)
+    merge(base, [Lora(adapter)], tmp_path / "out", threads=1)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["text_config"] == {"vocab_size": TOKENIZER_PIECES + 24, "x": 1}
+    assert config.get("vocab_size") == (TOKENIZER_PIECES + 24 if above else None)
+
+
 def test_models_that_localmix_does_not_convert_are_merged_by_names(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     base, adapter = pair
     merge(base, [Lora(adapter)], tmp_path / "known", threads=1)

@@ -141,10 +141,14 @@ class Adapter:
             ending = next((ending for ending in _ROLES if name.endswith(ending)), "")
             if ending:
                 module = name.removesuffix(ending)
-                self.modules.setdefault(module, AdapterModule(module)).roles[_ROLES[ending]] = tensor
+                place, role = self.modules.setdefault(module, AdapterModule(module)).roles, _ROLES[ending]
             else:
                 # bases of layers that are trained besides, when embeddings are resized or biases trained
-                self.whole[name.replace(".base_layer.", ".")] = tensor
+                place, role = self.whole, name.replace(".base_layer.", ".")
+            if role in place:
+                both = f"{shown(place[role].name)} and {shown(own_name)}"
+                raise InputError(f"{self.shard.path}: {both} are for the same place.", "Save the adapter again.")
+            place[role] = tensor
         if not self.shard.tensors:
             raise InputError(f"{self.shard.path} holds no tensor.", "The adapter was not saved; save it again.")
 
@@ -260,4 +264,9 @@ def _refuse_kind(config: Mapping[str, Any], path: Path) -> None:
 def replaces_vocabulary(adapter: Adapter) -> bool:
     """Whether the adapter brings embeddings of its own, to which its tokenizer belongs."""
     trained = any("tokens" in module.roles for module in adapter.modules.values())
-    return trained or any(f".{name}".endswith(f".{EMBEDDING}") for name in adapter.whole)
+    return trained or any(map(is_embedding, adapter.whole))
+
+
+def is_embedding(name: str) -> bool:
+    """Whether a tensor of this name is the embedding of the tokens."""
+    return f".{name}".endswith(f".{EMBEDDING}")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from localmix.errors import InputError, UsageError
-from localmix.sources.adapter import CONFIG, EMBEDDING, HEAD, Adapter, AdapterModule
+from localmix.sources.adapter import CONFIG, EMBEDDING, HEAD, Adapter, AdapterModule, is_embedding
 from localmix.sources.documents import listed, shown
 from localmix.sources.low_rank import BiasChange, ExpertPart, Factors, LowRankChange, MergedTensor, ReplacedRows
 from localmix.sources.safetensors import WEIGHT_DTYPES, StoredTensor
@@ -71,10 +71,12 @@ class _Overlay:
         for name, adapters in self.adapters.items():
             origin = self.origin(name)
             assert origin is not None
-            base = self.stored.get(name, origin)
+            base = self.stored.get(name)
+            # an output that the checkpoint shares with its embedding is stored as that is
+            model = base or next(tensor for other, tensor in self.stored.items() if is_embedding(other))
             found[name] = MergedTensor(
-                name=base.name if name in self.stored else name,
-                dtype=base.dtype,
+                name=base.name if base is not None else name,
+                dtype=model.dtype,
                 shape=origin.shape,
                 file=origin.file,
                 offset=origin.offset,
@@ -126,14 +128,13 @@ def _place_whole(overlay: _Overlay, adapter: Adapter, rename: Callable[[str], st
         name = rename(own_name)
         base = overlay.stored.get(name)
         if base is None:
-            tied = name == HEAD and any(f".{other}".endswith(f".{EMBEDDING}") for other in overlay.stored)
-            if not tied:
+            if name != HEAD or not any(map(is_embedding, overlay.stored)):
                 homeless.append(tensor.name)
                 continue
         elif (
             not tensor.shape
             or base.shape[1:] != tensor.shape[1:]
-            or (base.shape != tensor.shape and not has_vocabulary_rows(name))
+            or (base.shape != tensor.shape and not _has_vocabulary_rows(name))
         ):
             raise _other_base(overlay, adapter, tensor.name, f"has the shape {list(tensor.shape)}", name, base)
         if adapter.scale != 1:
@@ -150,9 +151,9 @@ def _place_whole(overlay: _Overlay, adapter: Adapter, rename: Callable[[str], st
         )
 
 
-def has_vocabulary_rows(name: str) -> bool:
+def _has_vocabulary_rows(name: str) -> bool:
     """Whether a tensor of this name has a row for each token of the vocabulary: the embedding or the output."""
-    return f".{name}".endswith((f".{EMBEDDING}", f".{HEAD}"))
+    return is_embedding(name) or f".{name}".endswith(f".{HEAD}")
 
 
 def _place(overlay: _Overlay, adapter: Adapter, module: AdapterModule, rename: Callable[[str], str]) -> None:

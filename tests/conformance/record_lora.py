@@ -2,9 +2,9 @@
 
 It needs torch and peft; run it in an environment of its own, from the root of the repository:
 
-    python -m venv /tmp/upstream
-    /tmp/upstream/bin/pip install torch transformers peft safetensors
-    /tmp/upstream/bin/python tests/conformance/record_lora.py
+    python -m venv build/upstream
+    build/upstream/bin/pip install torch transformers peft safetensors
+    build/upstream/bin/python tests/conformance/record_lora.py
 
 Recorded with torch 2.13 and peft 0.21.2.
 """

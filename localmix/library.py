@@ -258,8 +258,9 @@ def resolve(wanted: str | Path | None, purpose: Purpose, fits: Callable[[ModelFi
     path = Path(text)
     if path.exists():
         return _checked(path, purpose)
-    ours = _pulled_from(text) or _made_from(text)
-    if ours is not None and (ours.files or purpose in (Purpose.SOURCE, Purpose.CHECKPOINT)):
+    ours = _made_from(text)
+    wanted_whole = purpose in (Purpose.SOURCE, Purpose.CHECKPOINT)
+    if ours is not None and (ours.files or wanted_whole or _pulled_from(text) is not None):
         return _choose(ours, purpose, fits)
     if find_repository(text):
         raise FileError(
@@ -340,6 +341,8 @@ def _choose(model: Model, purpose: Purpose, fits: Callable[[ModelFile], bool] | 
             f"{again}, or name a BF16, F16 or F32 file.",
         )
     if not model.files:
+        if purpose is Purpose.ANY and model.checkpoint == pulled_folder(model.name):
+            return model.checkpoint
         raise InputError(
             f"{model.name} has no GGUF file in the library.", "Make one with `localmix convert` or `quantize`."
         )

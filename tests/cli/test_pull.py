@@ -50,6 +50,8 @@ def test_pull_then_the_usual_road(localmix: CommandLine, served: Hub) -> None:
     content = served.repositories[NAME][SHARD]
     assert pulled["sha256"][SHARD] == hashlib.sha256(content).hexdigest()
     assert "fox (checkpoint)" in localmix("ls").out
+    assert localmix("info", NAME, "--json").json["path"] == localmix("info", "--json").json["path"] == pulled["path"]
+    assert "fox has no GGUF file" in localmix.fails("bench", NAME, expect=3)
     localmix("quantize", "Q8_0")
     assert (localmix.home / "fox" / "fox-Q8_0.gguf").exists()
     assert SHARD in localmix("rm", "fox", "--yes", "--json").out
@@ -76,7 +78,11 @@ def test_ctrl_c_is_130_and_the_same_command_goes_on(localmix: CommandLine, serve
 def test_kill_and_the_same_command_goes_on(localmix: CommandLine, served: Hub) -> None:
     served.bytes_per_second = 300_000
     run = localmix.popen("pull", NAME)
-    time.sleep(3)  # what is older than two seconds is on the disk
+    folder = localmix.home / "fox" / "fox"
+    deadline = time.monotonic() + 20
+    while not list(folder.glob(".model-*.part.json")):  # what is older than two seconds is on the disk
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
     run.kill()
     run.communicate()
     served.bytes_per_second = 0

@@ -31,6 +31,9 @@ _SPEC = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)(?::(?P<kin
 _UNSAFE = r"/\\:*?\"<>|\x00-\x1f\x7f"
 _PART = rf"[^.{_UNSAFE}][^{_UNSAFE}]*"
 _FILE_NAME = re.compile(rf"(?:{_PART}/)*{_PART}")
+_OF_WINDOWS = re.compile(r"(?:^|/)(?:con|prn|aux|nul|com\d|lpt\d)(?:\.[^/]*)?(?:/|$)|[. ](?:/|$)", re.IGNORECASE)
+# A file system takes 255 bytes, and `download` puts `.part.json.new` behind a name.
+_LONGEST_PART = 200
 
 # What a checkpoint needs, of the files at the top of a repository.
 _OF_A_CHECKPOINT = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "README.md")
@@ -102,6 +105,8 @@ def look_up(name: str, revision: str | None = None) -> Repository:
     _check_endpoint()
     from huggingface_hub import HfApi, constants, errors
 
+    # its telemetry is a request of its own, which can fail, and leaves a file that later runs trip over
+    constants.HF_HUB_DISABLE_TELEMETRY = True
     if not _SPEC.fullmatch(name) or ":" in name:
         raise UsageError(f"{name!r} is no name of a repository.", "Such as mistralai/Mixtral-8x7B-v0.1.")
     api = HfApi(endpoint=constants.ENDPOINT, library_name="localmix", library_version=__version__)
@@ -117,11 +122,11 @@ def look_up(name: str, revision: str | None = None) -> Repository:
         except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]  # httpx's base class
             # nothing has come yet: most likely there is no network, so it is said at once
             raise _unreachable(name, error) from error
-        except UnicodeError as error:
+        except UnicodeEncodeError as error:
             raise UsageError("HF_TOKEN holds a character that no token has.", "Copy it again.") from error
         except errors.HFValidationError as error:
             raise UsageError(f"{name!r} is no name of a repository.", "Such as mistralai/Mixtral-8x7B-v0.1.") from error
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise NetworkError(f"The hub's answer about {name} cannot be understood.", _MIRROR) from error
     files = []
     for entry in info.siblings or ():
@@ -130,16 +135,22 @@ def look_up(name: str, revision: str | None = None) -> Repository:
         sha256, blob = (lfs.sha256 if lfs is not None else ""), entry.blob_id or ""
         if (
             not isinstance(entry.rfilename, str)
-            or not isinstance(size, int)
+            or type(size) is not int
             or size < 0
-            or not re.fullmatch(r"[0-9a-f]{64}|", sha256)
-            or not sha256 + blob
+            or not _is_checksum(sha256, 64)
+            or not _is_checksum(blob, 40)
+            or not (sha256 or (blob and lfs is None))
         ):
             raise NetworkError(f"The hub does not say what {entry.rfilename!r} of {name} is.", _MIRROR)
         files.append(HubFile(entry.rfilename, size, sha256, blob))
-    if not info.sha or not re.fullmatch(r"[0-9a-f]{7,64}", info.sha):
+    if not isinstance(info.sha, str) or not re.fullmatch(r"[0-9a-f]{7,64}", info.sha):
         raise NetworkError(f"The hub does not say which commit of {name} it means.", _MIRROR)
     return Repository(name, info.sha, tuple(files))
+
+
+def _is_checksum(text: object, digits: int) -> bool:
+    """Whether it is so many digits in hex, or none."""
+    return isinstance(text, str) and re.fullmatch(rf"(?:[0-9a-f]{{{digits}}})?", text) is not None
 
 
 def _check_endpoint() -> None:
@@ -237,16 +248,30 @@ def _types_there(repository: Repository, ggufs: Sequence[HubFile]) -> str:
 
 
 def _checked(repository: Repository, files: Sequence[HubFile]) -> list[HubFile]:
-    """The files, when every name is one inside a folder."""
+    """The files, when every name is one inside a folder, on every system."""
     seen: set[str] = set()
+    folders = {parent.lower() for file in files for parent in _parents(file.name)}
     for file in files:
-        if not _FILE_NAME.fullmatch(file.name) or file.name.lower() in seen:
+        if not _is_plain(file.name) or file.name.lower() in seen | folders:
             raise InputError(
                 f"{repository.name} holds a file {file.name[:80]!r}, which is no name that a file may have here.",
                 "Nothing was fetched; take the model from a source that you trust.",
             )
         seen.add(file.name.lower())
     return list(files)
+
+
+def _is_plain(name: str) -> bool:
+    return (
+        _FILE_NAME.fullmatch(name) is not None
+        and _OF_WINDOWS.search(name) is None
+        and all(len(part.encode(errors="replace")) <= _LONGEST_PART for part in name.split("/"))
+    )
+
+
+def _parents(name: str) -> Iterator[str]:
+    while name := name.rpartition("/")[0]:
+        yield name
 
 
 class Patience:

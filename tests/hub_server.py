@@ -46,6 +46,7 @@ class Hub:
         refusals: each is used once, by the first request whose path contains its part.
         drops: file → numbers of bytes after which the connection is closed, one for each request.
         damage: file → content that is sent instead.
+        information: what is answered instead of what a repository holds.
         silent: files of which half is sent, and then nothing for two seconds; each once.
         bytes_per_second: of one connection; 0 for as fast as it goes.
         token: the one that it wants, if any.
@@ -61,6 +62,7 @@ class Hub:
     refusals: list[Refusal] = field(default_factory=list)
     drops: dict[str, list[int]] = field(default_factory=dict)
     silent: list[str] = field(default_factory=list)
+    information: bytes = b""
     damage: dict[str, bytes] = field(default_factory=dict)
     etags: dict[str, str] = field(default_factory=dict)
     bytes_per_second: int = 0
@@ -133,6 +135,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(401, b"", {"X-Error-Code": "GatedRepo"})
         elif path == "/api/models":
             self._send_json([{"id": name} for name in self.hub.repositories])
+        elif self.hub.information and _INFO.fullmatch(path):
+            self._send(200, self.hub.information, {"Content-Type": "application/json"})
         elif match := _INFO.fullmatch(path):
             self._send_info(match["repository"], match["revision"])
         elif match := _RESOLVE.fullmatch(path):

@@ -238,6 +238,31 @@ def test_a_token_that_may_see_the_list_but_not_the_files(served: Hub) -> None:
         pull(NAME)
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        b"<html>",
+        b"\xff",
+        [],
+        "text",
+        {"sha": 5},
+        {"siblings": [5]},
+        *(
+            {"siblings": [{"rfilename": "config.json", "size": 2, "blobId": "a" * 40, **entry}]}
+            for entry in ({"size": "x"}, {"size": True}, {"blobId": 5}, {"blobId": "x"}, {"lfs": 5}, {"rfilename": 5})
+        ),
+        {"siblings": [{"rfilename": "a", "lfs": {"size": 5, "sha256": 5, "pointerSize": 1}}]},
+    ],
+)
+def test_an_answer_that_is_none(served: Hub, odd: object) -> None:
+    if isinstance(odd, dict):
+        odd = {"id": NAME, "sha": served.commit, "siblings": [], **odd}
+    served.information = odd if isinstance(odd, bytes) else json.dumps(odd).encode()
+    with pytest.raises(NetworkError, match=r"cannot be understood|does not say (what|which)"):
+        pull(NAME)
+    assert served.paths("resolve") == served.paths("agent") == []
+
+
 def test_an_unknown_model_and_its_neighbours(served: Hub) -> None:
     with pytest.raises(NetworkError, match="The hub has no model org/foxx") as caught:
         pull("org/foxx")
@@ -277,7 +302,9 @@ def test_a_full_disk_is_found_before_anything_is_fetched(served: Hub, monkeypatc
 
 
 def test_files_land_inside_the_folder_whatever_they_are_called(served: Hub, tmp_path: Path) -> None:
-    for name in ("../evil.json", "/etc/evil.json", "a/../../evil.json", "..\\evil.json", "C:evil.json", "x\n.json"):
+    leading_out = ("../evil.json", "/etc/evil.json", "a/../../evil.json", "..\\evil.json", "C:evil.json", "x\n.json")
+    no_file = ("a\0evil.json", "evil" * 60, "é" * 120, "NUL.json", "a/con", "evil.json ", "evil.", "config.json/evil")
+    for name in leading_out + no_file:
         served.repositories["org/evil"] = {"config.json": b"{}", name: b"{}", "model.safetensors": b"x" * 20}
         with pytest.raises(InputError, match="no name that a file may have"):
             pull("org/evil", include=["*"])

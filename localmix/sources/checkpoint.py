@@ -45,7 +45,7 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
-_DOWNLOAD = "Download the checkpoint again, for example with `hf download REPOSITORY --local-dir FOLDER`."
+_DOWNLOAD = "Download the checkpoint again, for example with `localmix pull REPOSITORY`."
 
 # Weights that only Python's pickle reads; training_args.bin, optimizer.pt and their like are none.
 _PICKLED = re.compile(r"((pytorch_)?model\b.*|consolidated.*)\.(bin|pt|pth|pkl)|.*\.ckpt")

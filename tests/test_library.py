@@ -320,7 +320,7 @@ def test_no_empty_folder_stays_of_a_failure(home: Path) -> None:
 
 
 def test_runs_at_the_same_time_lose_nothing_of_the_state(home: Path, tmp_path: Path) -> None:
-    names = [f"m{number}" for number in range(8)]
+    names = [f"m{number}" for number in range(4)]
     jobs = [multiprocessing.get_context("spawn").Process(target=_note, args=(home, name)) for name in names]
     for job in jobs:
         job.start()

@@ -19,7 +19,7 @@ from pathlib import Path
 from localmix import library
 from localmix.download import Download, checksum_of, fetch, fetch_all, seed, short_name
 from localmix.errors import FileError
-from localmix.hub import TIMEOUT, HubFile, Repository, Stopped, gguf_type
+from localmix.hub import TIMEOUT, HubFile, Repository, Stop, Stopped, gguf_type
 from localmix.output import RESUMABLE, file_error, lock_for
 from localmix.pull import Place, known_sha256, note_pulled, place, pull
 from localmix.sources.positional import ARRIVED, read_head
@@ -47,7 +47,7 @@ class Arrivals:
         self._wanted: deque[Path] = deque()
         self._window = WINDOW
         self._change = threading.Condition()
-        self._stop = threading.Event()
+        self._stop = Stop()
         self._taken: set[Path] = set()  # on the disk, or on their way
         self._here: dict[Path, str] = {}
         self._bytes: dict[Path, int] = {}
@@ -249,7 +249,7 @@ def arriving(remote: Remote, folder: Path, *, keep: bool = False) -> Iterator[Ar
 
 def _lay_out(remote: Remote, model: Path, places: Mapping[HubFile, Place]) -> dict[Path, HubFile]:
     """Put the small files and the stand-ins into a folder; by stand-in what it stands for."""
-    stop = threading.Event()
+    stop = Stop()
     weights = {model / _base(file): file for file in remote.weights}
     documents = {model / file.name: file for file in remote.documents}
     for path in model.rglob("*"):  # an earlier commit may have had other files

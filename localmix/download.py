@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -20,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from localmix.errors import CapacityError, FileError, LocalmixError, NetworkError
-from localmix.hub import Answer, HubFile, Passing, Patience, Repository, Stopped, open_range
+from localmix.hub import Answer, HubFile, Passing, Patience, Repository, Stop, Stopped, open_range
 from localmix.output import file_error
+from localmix.table import size
 
 Progress = Callable[[int, int, str], None]
 
@@ -69,7 +69,7 @@ def check_space(downloads: Sequence[Download], folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise CapacityError(
-            f"{folder} has {free / 2**30:.2f} GiB free, and {needed / 2**30:.2f} GiB are to come.",
+            f"{folder} has {size(free)} free, and {size(needed)} are to come.",
             "Free some space, choose files with --include, or let LOCALMIX_HOME name a folder on another disk.",
         )
 
@@ -92,7 +92,7 @@ def fetch_all(
         NetworkError: a file does not come, or is not the one that the hub promised: then it is deleted.
         CapacityError, FileError: the disk is full or refuses.
     """
-    stop = threading.Event()
+    stop = Stop()
     board = _Board(downloads, progress)
 
     def run(download: Download) -> tuple[Download, str]:
@@ -151,7 +151,7 @@ class _Board:
 
 
 def fetch(
-    repository: Repository, download: Download, stop: threading.Event, watch: Callable[[int], None] = lambda here: None
+    repository: Repository, download: Download, stop: Stop, watch: Callable[[int], None] = lambda here: None
 ) -> str:
     """Fetch one file, or what is missing of it.
 
@@ -191,9 +191,7 @@ def _disk_error(error: OSError, path: Path) -> LocalmixError:
     return told
 
 
-def _fetch_once(
-    repository: Repository, download: Download, stop: threading.Event, watch: Callable[[int], None]
-) -> str | None:
+def _fetch_once(repository: Repository, download: Download, stop: Stop, watch: Callable[[int], None]) -> str | None:
     """The SHA-256 of the file once it is in its place, or None: the content was wrong and is deleted."""
     with _Partial(download) as partial:
         watch(partial.here)
@@ -203,7 +201,7 @@ def _fetch_once(
                 raise Stopped
             before = partial.here
             try:
-                with open_range(repository, download.file, partial.here, validator=partial.validator) as answer:
+                with open_range(repository, download.file, stop, partial.here, validator=partial.validator) as answer:
                     partial.take(answer, stop, watch)
                 if partial.here < download.file.bytes:
                     raise Passing("the connection is closed early")
@@ -245,7 +243,7 @@ class _Partial:
         if not self._download.file.sha256:
             self._git.update(block)
 
-    def take(self, answer: Answer, stop: threading.Event, watch: Callable[[int], None]) -> None:
+    def take(self, answer: Answer, stop: Stop, watch: Callable[[int], None]) -> None:
         """Append what an answer brings.
 
         Raises:

@@ -11,6 +11,7 @@ import contextlib
 import fnmatch
 import os
 import re
+import socket
 import threading
 import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
@@ -110,7 +111,7 @@ def look_up(name: str, revision: str | None = None) -> Repository:
     if not _SPEC.fullmatch(name) or ":" in name:
         raise UsageError(f"{name!r} is no name of a repository.", "Such as mistralai/Mixtral-8x7B-v0.1.")
     api = HfApi(endpoint=constants.ENDPOINT, library_name="localmix", library_version=__version__)
-    patience = Patience(name, threading.Event())
+    patience = Patience(name, Stop())
     while True:
         try:
             info = api.model_info(name, revision=revision, files_metadata=True, timeout=TIMEOUT)
@@ -282,7 +283,7 @@ class Patience:
         stop: set from another thread to end a wait.
     """
 
-    def __init__(self, what: str, stop: threading.Event) -> None:
+    def __init__(self, what: str, stop: Stop) -> None:
         self._what = what
         self._stop = stop
         self._failures = 0
@@ -311,6 +312,41 @@ class Patience:
         pause = min(LONGEST_WAIT, FIRST_WAIT * 2 ** (self._failures - 1))
         if self._stop.wait(max(pause, seconds or 0)):
             raise Stopped
+
+
+class Stop(threading.Event):
+    """Ends a run from another thread: waits are over, and connections are cut, which may be silent for long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sockets: set[socket.socket] = set()
+        self._changing = threading.Lock()
+
+    def set(self) -> None:
+        super().set()
+        with self._changing:
+            for connected in self._sockets:
+                _cut(connected)
+
+    @contextmanager
+    def cutting(self, response: Any) -> Iterator[None]:
+        """Cut the connection of an answer when it is set in the meantime."""
+        connected = response.extensions["network_stream"].get_extra_info("socket")
+        with self._changing:
+            self._sockets.add(connected)
+            if self.is_set():
+                _cut(connected)
+        try:
+            yield
+        finally:
+            with self._changing:
+                self._sockets.discard(connected)
+
+
+def _cut(connected: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # it is closed
+        # past TLS, whose goodbye would wait
+        socket.socket.shutdown(connected, socket.SHUT_RDWR)
 
 
 class Stopped(Exception):
@@ -348,11 +384,12 @@ class Answer:
 
 @contextmanager
 def open_range(
-    repository: Repository, file: HubFile, start: int = 0, stop: int | None = None, validator: str = ""
+    repository: Repository, file: HubFile, ended: Stop, start: int = 0, stop: int | None = None, validator: str = ""
 ) -> Iterator[Answer]:
     """Ask for the bytes `[start:stop)` of a file; one request, redirects included.
 
     Args:
+        ended: set from another thread to cut the connection.
         validator: what an earlier `Answer` had; a file that is another one by now comes whole.
 
     Raises:
@@ -384,7 +421,8 @@ def open_range(
             if code == 206 and start and not came:
                 raise NetworkError(f"The server sends another part of {file.name} than it was asked for.", _MIRROR)
             etag = response.headers.get("etag", "")
-            yield Answer(came, "" if etag.startswith("W/") else etag, response.iter_raw())
+            with ended.cutting(response):
+                yield Answer(came, "" if etag.startswith("W/") else etag, response.iter_raw())
     except errors.OfflineModeIsEnabled as error:
         raise _unreachable(file.name, error) from error
     except errors.HTTPError as error:  # type: ignore[attr-defined]
@@ -396,7 +434,7 @@ def _begins_at(headers: Mapping[str, str], start: int, size: int) -> bool:
     return match is not None and int(match[1]) == start and match[2] in ("*", str(size))
 
 
-def read_range(repository: Repository, file: HubFile, start: int, stop: int, ended: threading.Event) -> bytes:
+def read_range(repository: Repository, file: HubFile, start: int, stop: int, ended: Stop) -> bytes:
     """The bytes `[start:stop)` of a file, in memory.
 
     Args:
@@ -410,7 +448,7 @@ def read_range(repository: Repository, file: HubFile, start: int, stop: int, end
     found = b""
     while len(found) < stop - start:
         try:
-            with open_range(repository, file, start + len(found), stop) as answer:
+            with open_range(repository, file, ended, start + len(found), stop) as answer:
                 if answer.start != start + len(found):  # the whole file: what is before it is passed over
                     found = _passing_over(answer, start, stop)
                 else:

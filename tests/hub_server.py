@@ -47,7 +47,7 @@ class Hub:
         drops: file → numbers of bytes after which the connection is closed, one for each request.
         damage: file → content that is sent instead.
         information: what is answered instead of what a repository holds.
-        silent: files of which half is sent, and then nothing for two seconds; each once.
+        silent: files of which half is sent, and then nothing for `silence` seconds; each once.
         bytes_per_second: of one connection; 0 for as fast as it goes.
         token: the one that it wants, if any.
         asked: method, path and the Range header of each request.
@@ -65,6 +65,7 @@ class Hub:
     information: bytes = b""
     damage: dict[str, bytes] = field(default_factory=dict)
     etags: dict[str, str] = field(default_factory=dict)
+    silence: float = 2
     bytes_per_second: int = 0
     token: str = ""
     with_ranges: bool = True
@@ -220,7 +221,7 @@ class _Handler(BaseHTTPRequestHandler):
         except OSError:  # the other side left
             self.close_connection = True
         if silent:
-            time.sleep(2)
+            time.sleep(self.hub.silence)
         if cut is not None:
             self.close_connection = True
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import tempfile
-import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from pathlib import Path
 from localmix import library
 from localmix.download import Download, fetch
 from localmix.errors import InputError, LocalmixError, NetworkError
-from localmix.hub import HubFile, Repository, gguf_type, look_up, parse_name, read_range, select
+from localmix.hub import HubFile, Repository, Stop, gguf_type, look_up, parse_name, read_range, select
 from localmix.sources.documents import DOCUMENT_LIMIT
 from localmix.sources.positional import NotHere, identity, write_stand_in
 
@@ -106,7 +105,7 @@ def heads(remote: Remote) -> Iterator[Heads]:
     with tempfile.TemporaryDirectory(prefix="localmix-", ignore_cleanup_errors=True) as temporary:
         folder = Path(temporary) / library.clean_name(remote.repository.model)
         folder.mkdir()
-        stop = threading.Event()
+        stop = Stop()
         fetch_heads(remote.repository, [(file, folder / _base(file)) for file in remote.weights], stop)
         for file in remote.documents:
             fetch(remote.repository, Download(file, folder / file.name), stop)
@@ -117,7 +116,7 @@ def _base(file: HubFile) -> str:
     return file.name.rpartition("/")[2]
 
 
-def fetch_heads(repository: Repository, places: Sequence[tuple[HubFile, Path]], stop: threading.Event) -> None:
+def fetch_heads(repository: Repository, places: Sequence[tuple[HubFile, Path]], stop: Stop) -> None:
     """Put a stand-in into each place that has not the right one.
 
     Raises:
@@ -134,7 +133,7 @@ def fetch_heads(repository: Repository, places: Sequence[tuple[HubFile, Path]], 
             raise
 
 
-def _fetch_head(repository: Repository, file: HubFile, path: Path, stop: threading.Event) -> None:
+def _fetch_head(repository: Repository, file: HubFile, path: Path, stop: Stop) -> None:
     told = f"{repository.name} {file.name} {file.checksum}"
     with contextlib.suppress(LocalmixError):
         if path.exists() and identity(path) == told and _missing_head(path) is None:

@@ -75,6 +75,19 @@ def test_ctrl_c_is_130_and_the_same_command_goes_on(localmix: CommandLine, serve
     assert served.bytes_of("") < 1.02 * total + 4 * (1 << 20)
 
 
+def test_ctrl_c_does_not_wait_for_a_silent_server(localmix: CommandLine, served: Hub) -> None:
+    served.silence = 12
+    served.silent = [SHARD]
+    run = localmix.popen("pull", NAME)
+    wait_for(served, 1_000_000)
+    time.sleep(0.3)
+    started = time.monotonic()
+    run.send_signal(signal.SIGINT)
+    run.communicate(timeout=20)
+    assert run.returncode == 130
+    assert time.monotonic() - started < 5
+
+
 def test_kill_and_the_same_command_goes_on(localmix: CommandLine, served: Hub) -> None:
     served.bytes_per_second = 300_000
     run = localmix.popen("pull", NAME)

@@ -11,10 +11,10 @@ import sys
 import tarfile
 import time
 import venv
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
-import llama_cpp
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,7 +59,7 @@ def tools() -> Path:
 def test_one_version_everywhere() -> None:
     dependency = re.search(r'"llama-cpp-python==([^"]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert dependency
-    assert dependency[1] == PIN["version"] == llama_cpp.__version__
+    assert dependency[1] == PIN["version"] == version("llama_cpp_python")
     assert PIN["sdist"] == f"llama_cpp_python-{PIN['version']}.tar.gz"
 
 

@@ -15,7 +15,7 @@ import re
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -57,6 +57,7 @@ class LogBuffer:
     @contextmanager
     def capture(self) -> Iterator[list[str]]:
         """Every complete line logged inside the block, in order."""
+        _listen()
         lines: list[str] = []
         with self._lock:
             self._listeners.append(lines)
@@ -74,6 +75,7 @@ class LogBuffer:
 
 log = LogBuffer()
 _kept: list[Any] = []  # callbacks whose pointers llama.cpp holds
+_take_log: list[Callable[[], object]] = []  # empty until llama.cpp is loaded
 
 
 @functools.cache
@@ -101,9 +103,16 @@ def api() -> ModuleType:
         log.add(level, (text or b"").decode("utf-8", "replace"))
 
     _kept.append(receive)
-    bindings.llama_log_set(receive, None)
+    _take_log.append(lambda: bindings.llama_log_set(receive, None))
+    _listen()
     bindings.llama_backend_init()
     return bindings
+
+
+def _listen() -> None:
+    """Have llama.cpp's log come here, again too: importing the whole of llama-cpp-python takes it away."""
+    for take in _take_log:
+        take()
 
 
 def _bindings() -> tuple[str, ModuleType]:

@@ -13,6 +13,10 @@ assert not {"jinja2", "diskcache", "llama_cpp.llama"} & sys.modules.keys()
 import llama_cpp
 assert llama_cpp.Llama and llama_cpp.__version__ == PINNED_VERSION
 assert llama_cpp.llama_cpp is functions is api()
+from localmix.native.library import log
+with log.capture() as lines:  # which the package took away
+    functions.llama_model_load_from_file(b"nowhere.gguf", functions.llama_model_default_params())
+assert any("nowhere.gguf" in line for line in lines), lines
 """
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import psutil
 from measure import ROOT, TINYMIX, Pairs, Side
 
-from localmix.chat import Engine, EngineSettings, Reply
+from localmix.conversation.chat import Engine, EngineSettings, Reply
 from localmix.sampling import Sampling
 
 PROMPT, REPLY = 256, 48

@@ -21,7 +21,7 @@ from localmix.stream import Progress, write_outputs
 from localmix.tensor_types import FLOAT_TYPES
 
 if TYPE_CHECKING:
-    from localmix.arrivals import Arrivals
+    from localmix.downloads.arrivals import Arrivals
 
 TYPES = ("auto", "bf16", "f16", "f32")
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import psutil
 
 from localmix import __version__, library
+from localmix.capacity.memory import Available, available
 from localmix.errors import LocalmixError
-from localmix.memory import Available, available
 
 if TYPE_CHECKING:
     from localmix.native.devices import Device

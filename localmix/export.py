@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from localmix.chat_template import HINT, render
+from localmix.conversation.chat_template import HINT, render
 from localmix.errors import InputError, LocalmixError, UsageError
 from localmix.sampling import Sampling, own_sampling
 from localmix.sources.gguf import GGUFFile

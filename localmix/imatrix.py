@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from localmix.corpus import Corpus, read_corpus, split
 from localmix.errors import InputError
 from localmix.gguf_format import read_header
 from localmix.importance import (
@@ -31,11 +30,12 @@ from localmix.importance import (
     merge_importance,
     write_importance,
 )
+from localmix.measurement.corpus import Corpus, read_corpus, split
+from localmix.measurement.perplexity import Layout, Tally, decode_chunks
 from localmix.native.devices import default_threads
 from localmix.native.model import Model
 from localmix.native.tensors import EvalCallback, Tensor, operations, read, weight_name
 from localmix.output import OutputFile
-from localmix.perplexity import Layout, Tally, decode_chunks
 from localmix.tensor_types import TensorType
 from localmix.worker import Channel, Progress, Report, Worker
 

@@ -161,7 +161,7 @@ def _unfinished_files(folder: Path) -> list[Path]:
 
 def _pulled_files(folder: Path) -> list[Path]:
     """What came from the hub into a checkpoint's folder, unfinished files and stand-ins too."""
-    from localmix.pull_record import RECORD, read_record
+    from localmix.downloads.pull_record import RECORD, read_record
 
     if folder.is_symlink() or not folder.is_dir():
         return []
@@ -275,7 +275,7 @@ def resolve(wanted: str | Path | None, purpose: Purpose, fits: Callable[[ModelFi
 
 def find_repository(text: str) -> str:
     """The text when it names a repository of the hub (`org/name`, `org/name:TYPE`) and nothing here; else empty."""
-    from localmix.hub import parse_name
+    from localmix.downloads.hub import parse_name
 
     if parse_name(text) is None or text.endswith(".gguf") or os.path.exists(text) or _pulled_from(text) is not None:
         return ""
@@ -504,7 +504,7 @@ def check_repository(name: str, repository: str) -> None:
     Raises:
         UsageError: it does.
     """
-    from localmix.pull_record import read_record
+    from localmix.downloads.pull_record import read_record
 
     earlier, model = _origin(name), find(name)
     own = model is not None and any(file.path.name not in read_record(model.folder) for file in model.files)
@@ -517,7 +517,7 @@ def check_repository(name: str, repository: str) -> None:
 
 def _origin(name: str) -> str:
     """What the library's model of that name was made from: a path, or `HUB` and a repository; empty if not known."""
-    from localmix.pull_record import read_record
+    from localmix.downloads.pull_record import read_record
 
     record = read_record(pulled_folder(name))
     if record:
@@ -628,7 +628,7 @@ def plan_removal(name: str) -> Removal:
     Raises:
         UsageError: the name is unknown, or a path.
     """
-    from localmix.pull_record import RECORD
+    from localmix.downloads.pull_record import RECORD
 
     model_part, _, kind = name.partition(":")
     if not _MODEL_NAME.match(model_part) or os.path.basename(model_part) != model_part:

@@ -20,7 +20,7 @@ from localmix.sources.open import open_source
 from localmix.stream import Progress, write_outputs
 
 if TYPE_CHECKING:
-    from localmix.arrivals import Arrivals
+    from localmix.downloads.arrivals import Arrivals
 
 LARGEST_F32 = (2 - 2**-23) * 2.0**127
 

@@ -31,7 +31,7 @@ from localmix.sources.positional import identity, note_reads
 from localmix.tensor_types import FLOAT_TYPES, TensorType, widen
 
 if TYPE_CHECKING:
-    from localmix.arrivals import Arrivals
+    from localmix.downloads.arrivals import Arrivals
 
 Progress = Callable[[int, int, str], None]
 

@@ -22,12 +22,12 @@ import numpy as np
 import numpy.typing as npt
 
 from localmix.architectures import find_architecture
+from localmix.downloads.pull_record import Pulled, read_record
 from localmix.errors import FileError, InputError, LocalmixError, UsageError
 from localmix.importance import load_importance
 from localmix.library import IMATRIX_SUFFIX
 from localmix.native.devices import default_threads
 from localmix.native.kernels import dequantize_rows, is_valid
-from localmix.pull_record import Pulled, read_record
 from localmix.sources.base import Source, TensorInfo
 from localmix.sources.checkpoint import CONFIG, list_folder, open_checkpoint, open_shards
 from localmix.sources.documents import read_object, shown
@@ -348,7 +348,7 @@ def _from_hub(path: Path, files: Sequence[Path], repository: str | None) -> list
         UsageError: no repository is known.
         NetworkError: see `hub.look_up`.
     """
-    from localmix.hub import look_up
+    from localmix.downloads.hub import look_up
 
     named: dict[tuple[str, str | None], dict[str, Path]] = {}
     for file in files:

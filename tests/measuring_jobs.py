@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from localmix import peak_memory
 from localmix.errors import InputError
+from localmix.measurement import peak_memory
 from localmix.worker import Channel
 
 

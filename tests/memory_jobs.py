@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from localmix.fit import planned
+from localmix.capacity.fit import planned
+from localmix.capacity.simulation import Setting, skeleton
 from localmix.native import library
 from localmix.native.devices import PROCESSOR
 from localmix.native.model import Context, Model
-from localmix.simulation import Setting, skeleton
 from localmix.sources.base import MetaValue, ShapeOnlySource, Source, TensorInfo, f32, text, u32
 from localmix.sources.open import open_source
 from localmix.tensor_types import TensorType

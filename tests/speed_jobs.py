@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from localmix import speed
+from localmix.measurement import speed
+from localmix.measurement.speed import Settings, Speed, SpeedTest
 from localmix.native.devices import Placement
 from localmix.native.library import api
 from localmix.native.model import Context, Model
-from localmix.speed import Settings, Speed, SpeedTest
 from localmix.worker import Channel
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from localmix import chat_template
+from localmix.conversation import chat_template
 from localmix.convert import convert
 from localmix.native.chooser import Chooser
 from localmix.native.model import CachedText, Context, Model

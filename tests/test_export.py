@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from localmix.chat_template import render
+from localmix.conversation.chat_template import render
 from localmix.errors import InputError, UsageError
 from localmix.export import Message, find_turns, go_template, go_text, ollama, stops
 from tests.modelfiles import parse_modelfile, run_template

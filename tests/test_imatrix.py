@@ -13,10 +13,10 @@ import pytest
 from localmix.errors import FileError, InputError
 from localmix.imatrix import collect, merge, partial_path
 from localmix.importance import Coverage, Importance, load_importance, write_importance
+from localmix.measurement.perplexity import measure
 from localmix.native.model import Context, Model
 from localmix.native.tensors import EvalCallback, Tensor, operations, read, weight_name
 from localmix.output import OutputFile
-from localmix.perplexity import measure
 from tests.random_model import write_random_model
 from tests.texts import write_text
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from localmix import library
+from localmix.downloads.pull import pull
 from localmix.errors import FileError, InputError, NetworkError, UsageError
 from localmix.native.kernels import is_valid, quantize_rows
 from localmix.presets import load_presets
-from localmix.pull import pull
 from localmix.quantize import quantize
 from localmix.tensor_types import TensorType
 from localmix.verify import Verification, verify

@@ -1,4 +1,4 @@
-"""`localmix bench`: see `localmix.speed`."""
+"""`localmix bench`: see `localmix.measurement.speed`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from localmix.cli.console import Console, Progress
 from localmix.cli.parameters import MODEL, TYPES, examples, json_option, markdown_option, parse_types
 
 if TYPE_CHECKING:
-    from localmix.comparison import Subject
-    from localmix.speed import Settings, SpeedPoint
-    from localmix.table import Table
+    from localmix.measurement.comparison import Subject
+    from localmix.measurement.speed import Settings, SpeedPoint
+    from localmix.presentation.table import Table
 
 
 def _numbers(least: int, most: int, words: Mapping[str, int | None] | None = None) -> Callable[..., Any]:
@@ -39,7 +39,7 @@ def _numbers(least: int, most: int, words: Mapping[str, int | None] | None = Non
 
 
 def _kv_types(ctx: click.Context, param: click.Parameter, value: str) -> list[str]:
-    from localmix.speed import KV_TYPES
+    from localmix.measurement.speed import KV_TYPES
 
     names = [word.strip() for word in value.split(",")]
     for name in names:
@@ -161,11 +161,11 @@ def command(
     several values makes a row for each; several options make one for each combination. A row that fails says
     so; the exit code is then 3.
     """
-    from localmix.comparison import look_at
+    from localmix.capacity.fit import find_gpus
     from localmix.errors import InputError, UsageError
-    from localmix.fit import find_gpus
+    from localmix.measurement.comparison import look_at
+    from localmix.measurement.speed import SpeedTest, bench, sweep
     from localmix.native.devices import default_threads
-    from localmix.speed import SpeedTest, bench, sweep
 
     console = Console(json)
     tests = [SpeedTest(count, 0) for count in prompt if count]
@@ -304,7 +304,7 @@ _SETTINGS: Mapping[str, tuple[Callable[[Settings], object], object]] = {
 
 def _table(points: Sequence[SpeedPoint], subjects: Mapping[Path, Subject]) -> Table:
     """A row for each point; what is the same for all stands in the caption."""
-    from localmix.table import Column, Table, number, size_unit
+    from localmix.presentation.table import Column, Table, number, size_unit
 
     unit, unit_name = size_unit(subject.bytes for subject in subjects.values())
     several = len({subject.model for subject in subjects.values()}) > 1

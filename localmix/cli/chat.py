@@ -17,10 +17,10 @@ from localmix.cli.memory_check import placement_options
 from localmix.cli.parameters import FILE, MODEL, examples, json_option, rope_options, threads_option
 
 if TYPE_CHECKING:
-    from localmix.chat import Conversation, Engine
-    from localmix.chat_events import DraftSettings
+    from localmix.conversation.chat import Conversation, Engine
+    from localmix.conversation.chat_events import DraftSettings
+    from localmix.conversation.session import Keeper, Session
     from localmix.rope_scaling import RopeScaling
-    from localmix.session import Keeper, Session
 
 _QUESTION_BYTES = 4 * 2**20  # more is no question: a wrong file, or a program that never ends
 _TEXT_BYTES = 2**20  # of a template, a grammar or a schema
@@ -108,15 +108,16 @@ def command(
     template, template_name = _template(chat_template)
 
     with contextlib.ExitStack() as stack:
-        from localmix.chat import Conversation, Engine, EngineSettings, start_child
+        from localmix.conversation.chat import Conversation, Engine, EngineSettings, start_child
 
         # it gets llama.cpp ready while this process imports the rest and looks at the model
         children = [stack.enter_context(start_child())]
 
-        from localmix import library, session
+        from localmix import library
         from localmix.cli.chat_terminal import Talk, load, restore
         from localmix.cli.chat_turn import prepare_drawing
         from localmix.cli.memory_check import MemoryCheck
+        from localmix.conversation import session
 
         drafting = _draft(draft, draft_tokens)
 
@@ -211,8 +212,8 @@ def _grammar(grammar: Path | None, schema: Path | None, question: str | None) ->
 def _schema_grammar(path: Path) -> str:
     import json
 
+    from localmix.conversation.grammar import from_json_schema
     from localmix.errors import InputError
-    from localmix.grammar import from_json_schema
 
     try:
         schema = json.loads(_text(path, "schema"))
@@ -251,7 +252,7 @@ def _text(path: Path, what: str) -> str:
 
 def _draft(spec: str | None, tokens: str) -> DraftSettings | None:
     from localmix import library
-    from localmix.chat_events import DraftSettings
+    from localmix.conversation.chat_events import DraftSettings
     from localmix.errors import UsageError
 
     if tokens != "auto" and not (tokens.isascii() and tokens.isdigit() and 1 <= int(tokens) <= _MOST_DRAFTED):
@@ -267,7 +268,7 @@ def _draft(spec: str | None, tokens: str) -> DraftSettings | None:
 
 def _session(console: Console, keeper: Keeper, go_on: bool, name: str | None) -> Session | None:
     """The conversation to go on with, or None for a new one."""
-    from localmix import session
+    from localmix.conversation import session
     from localmix.errors import UsageError
 
     if go_on:

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from localmix import library, session
+from localmix import library
 from localmix.cli.chat_prompt import Choices, paths
 from localmix.cli.chat_settings import LIMIT, SETTINGS, Setting
+from localmix.conversation import session
 from localmix.errors import FileError, InputError, UsageError
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ def _load(talk: Talk, name: str) -> None:
 
 
 def _sessions(talk: Talk, _: str) -> None:
-    from localmix.table import Column, Table
+    from localmix.presentation.table import Column, Table
 
     found = session.find(talk.console.error)
     if not found:
@@ -210,9 +211,9 @@ def _model(talk: Talk, name: str) -> None:
 
 def _show_types(talk: Talk) -> None:
     """The model's files in the library, what each takes, and whether a machine of the size promised holds it."""
-    from localmix import memory
-    from localmix.fit import fit_table
-    from localmix.table import Column, Table, size
+    from localmix.capacity import memory
+    from localmix.capacity.fit import fit_table
+    from localmix.presentation.table import Column, Table, size
 
     engine = talk.conversation.engine
     context, kv_type = engine.settings.context, engine.settings.kv_type
@@ -246,7 +247,7 @@ def _models(typed: str) -> Iterator[tuple[str, str]]:
 
 
 def _stats(talk: Talk, _: str) -> None:
-    from localmix.table import number
+    from localmix.presentation.table import number
 
     reply = talk.conversation.last
     if reply is None:

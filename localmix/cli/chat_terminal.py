@@ -7,16 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from localmix import library, session
-from localmix.chat_events import Loaded, Loading
+from localmix import library
 from localmix.cli import Terminated
 from localmix.cli.chat_settings import LIMIT, accepted, sampling_for
 from localmix.cli.chat_turn import comment, show_reply, silent_keyboard, stop_on_interrupt
 from localmix.cli.console import Console
+from localmix.conversation import session
+from localmix.conversation.chat_events import Loaded, Loading
 from localmix.errors import Interrupted, LocalmixError
 
 if TYPE_CHECKING:
-    from localmix.chat import Conversation, Engine
+    from localmix.conversation.chat import Conversation, Engine
 
 # A state that takes longer to write, in seconds, is written when the chat ends and not after every turn.
 _QUICK = 0.5
@@ -283,7 +284,7 @@ class Talk:
         """What the model's process takes, or nothing if there is none."""
         import psutil
 
-        from localmix.table import size
+        from localmix.presentation.table import size
 
         pid = self.conversation.engine.pid
         try:
@@ -292,7 +293,7 @@ class Talk:
             return ""
 
     def _status(self) -> list[str]:
-        from localmix.table import number
+        from localmix.presentation.table import number
 
         reply = self.conversation.last
         parts = [self.model_name, self.context_line()]
@@ -344,7 +345,7 @@ def name_of(path: Path) -> str:
 
 def draw_text(console: Console, text: str, raw: bool) -> None:
     """A reply that is there already."""
-    from localmix.chat_events import Piece, Reply
+    from localmix.conversation.chat_events import Piece, Reply
 
     reply = Reply(text, 0, 0, 0, "stop", None, None, None)
     show_reply(console, iter((Piece(text), reply)), raw=raw)

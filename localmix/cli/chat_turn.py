@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from localmix.chat_events import Dropped, Event, Loading, Piece, Reading, Reply
 from localmix.cli.console import Console
+from localmix.conversation.chat_events import Dropped, Event, Loading, Piece, Reading, Reply
 
 if TYPE_CHECKING:
-    from localmix.chat import Engine
+    from localmix.conversation.chat import Engine
 
 _STATUS_TOKENS = 256  # a shorter prompt is read before anybody could read about it
 

@@ -1,4 +1,4 @@
-"""`localmix compare`: see `localmix.comparison`."""
+"""`localmix compare`: see `localmix.measurement.comparison`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from localmix.cli.parameters import MODEL, examples, json_option, markdown_optio
 from localmix.cli.ppl import LEAST_CONTEXT, cache_options, failure, placer
 
 if TYPE_CHECKING:
-    from localmix.comparison import Measured
-    from localmix.reference import Cache
+    from localmix.measurement.comparison import Measured
+    from localmix.measurement.reference import Cache
     from localmix.rope_scaling import RopeScaling
 
 
@@ -72,17 +72,17 @@ def command(
     Both predict the same tokens, so the error of their difference is much smaller than that of each
     perplexity. The verdict takes two standard errors for a difference.
     """
-    from localmix.measuring_child import MeasuringChild
+    from localmix.measurement.measuring_child import MeasuringChild
 
     console = Console(json)
     with MeasuringChild() as child:  # gets ready while this process imports and looks
         from localmix import library
-        from localmix.comparison import common_context, compare, judge, look_at
-        from localmix.corpus import find_corpora
         from localmix.errors import InputError, UsageError
-        from localmix.perplexity import Conditions
-        from localmix.provenance import Provenance
-        from localmix.table import quantization_table
+        from localmix.measurement.comparison import common_context, compare, judge, look_at
+        from localmix.measurement.corpus import find_corpora
+        from localmix.measurement.perplexity import Conditions
+        from localmix.measurement.provenance import Provenance
+        from localmix.presentation.table import quantization_table
 
         texts = find_corpora([corpus])
         if len(texts) > 1:

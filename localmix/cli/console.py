@@ -27,7 +27,7 @@ from localmix.inert import inert, inert_json
 if TYPE_CHECKING:
     import rich.table
 
-    from localmix.table import Table
+    from localmix.presentation.table import Table
 
 Progress = Callable[[int, int, str], None]
 

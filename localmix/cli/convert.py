@@ -137,9 +137,9 @@ def _convert_arriving(
 ) -> Converted:
     """Convert a model of the hub while it comes."""
     from localmix import library
-    from localmix.arrivals import arriving_name
     from localmix.cli.model_argument import adapted, arriving_model
     from localmix.convert import conversion_preset, convert
+    from localmix.downloads.arrivals import arriving_name
     from localmix.sources.open import open_source
 
     model = library.model_name(adapted(Path(arriving_name(remote)), adapters))
@@ -171,7 +171,7 @@ def _convert_arriving(
 
 
 def _report(console: Console, converted: Converted) -> None:
-    from localmix.table import size
+    from localmix.presentation.table import size
 
     for note in converted.notes:
         console.warn(note)

@@ -18,7 +18,7 @@ def command(json: bool) -> int:
     """
     from localmix.diagnosis import diagnose
     from localmix.errors import InputError
-    from localmix.table import size
+    from localmix.presentation.table import size
 
     console = Console(json)
     found = diagnose()

@@ -1,4 +1,4 @@
-"""`localmix fit`: see `localmix.fit`."""
+"""`localmix fit`: see `localmix.capacity.fit`."""
 
 from __future__ import annotations
 
@@ -55,11 +55,12 @@ def command(
     A cell says how much memory is needed, and "well" when everything stays there, "loads" when weights are read from
     the file again and again, which is slow, or "no".
     """
-    from localmix import library, memory
+    from localmix import library
+    from localmix.capacity import memory
+    from localmix.capacity.fit import fit_table
     from localmix.cli.model_argument import located
     from localmix.cli.plan import sort_out
-    from localmix.fit import fit_table
-    from localmix.table import Column, Table
+    from localmix.presentation.table import Column, Table
 
     console = Console(json)
     model, names = sort_out(words, set_name)

@@ -67,7 +67,7 @@ def command(
     from localmix.errors import Interrupted, UsageError
     from localmix.imatrix import collect, partial_path
     from localmix.output import check_outputs
-    from localmix.table import Column, Table, number
+    from localmix.presentation.table import Column, Table, number
 
     console = Console(json)
     if parts:

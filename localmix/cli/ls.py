@@ -14,7 +14,7 @@ from localmix.cli.parameters import examples, json_option
 def command(json: bool) -> None:
     """List the models of the library, with the size of each file."""
     from localmix import library
-    from localmix.table import Column, Table, size
+    from localmix.presentation.table import Column, Table, size
 
     console = Console(json)
     models = library.models()

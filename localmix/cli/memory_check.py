@@ -12,9 +12,9 @@ from localmix.cli.console import Console
 from localmix.cli.parameters import Command
 
 if TYPE_CHECKING:
-    from localmix.fit import Fit
+    from localmix.capacity.fit import Fit
+    from localmix.capacity.memory import Need
     from localmix.library import ModelFile
-    from localmix.memory import Need
     from localmix.native.devices import Placement
 
     _Parameter = click.ParamType[int | None]
@@ -117,8 +117,8 @@ class MemoryCheck:
         experts: str = "auto",
         draft: Path | None = None,
     ) -> None:
-        from localmix import memory
-        from localmix.fit import Examiner, Wish
+        from localmix.capacity import memory
+        from localmix.capacity.fit import Examiner, Wish
 
         self._console = console
         wish = Wish(context, kv_type, device, gpu_layers, experts)
@@ -130,7 +130,7 @@ class MemoryCheck:
 
     def fits(self, file: ModelFile) -> bool:
         """Whether a file of the library runs well."""
-        from localmix.memory import Verdict
+        from localmix.capacity.memory import Verdict
 
         return self._examiner.examine(file.path).verdict is Verdict.RUNS_WELL
 
@@ -141,8 +141,8 @@ class MemoryCheck:
             CapacityError: the model cannot be loaded; a table of what it needs has been drawn.
             UsageError: there is no such device.
         """
+        from localmix.capacity.memory import Verdict
         from localmix.errors import CapacityError
-        from localmix.memory import Verdict
 
         fit = self._examiner.examine(path)
         context = fit.setting.context
@@ -165,7 +165,7 @@ class MemoryCheck:
         Raises:
             UsageError: there is no such device.
         """
-        from localmix.memory import Verdict
+        from localmix.capacity.memory import Verdict
 
         fit = self._examiner.examine(path)
         if fit.verdict is not Verdict.RUNS_WELL:
@@ -183,9 +183,9 @@ class MemoryCheck:
 
 def _sentence(fit: Fit) -> str:
     """What is wrong, with numbers."""
-    from localmix.memory import FLOOR_GB, Verdict, is_below_floor
-    from localmix.placement import RESERVE_BYTES
-    from localmix.table import size
+    from localmix.capacity.memory import FLOOR_GB, Verdict, is_below_floor
+    from localmix.capacity.placement import RESERVE_BYTES
+    from localmix.presentation.table import size
 
     name, room = fit.path.name, fit.room
     if not fit.split.fits:
@@ -209,7 +209,7 @@ def _sentence(fit: Fit) -> str:
 
 
 def _draw_need(console: Console, fit: Fit) -> None:
-    from localmix.table import Column, Table, size_unit
+    from localmix.presentation.table import Column, Table, size_unit
 
     need = fit.need
     rows = {

@@ -32,8 +32,8 @@ def command(model: str, loras: tuple[str, ...], output: Path, threads: int | Non
     from localmix import library
     from localmix.errors import UsageError
     from localmix.merge import merge
+    from localmix.presentation.table import size
     from localmix.sources.adapter import parse_lora
-    from localmix.table import size
 
     console = Console(json)
     if not loras:

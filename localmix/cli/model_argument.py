@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from localmix import library
 
 if TYPE_CHECKING:
-    from localmix.arrivals import ArrivingModel
     from localmix.cli.console import Console
-    from localmix.hub import HubFile
+    from localmix.downloads.arrivals import ArrivingModel
+    from localmix.downloads.hub import HubFile
     from localmix.sources.adapter import Lora
     from localmix.sources.remote import Remote
 
@@ -48,8 +48,8 @@ def located(console: Console, wanted: str | None, *purposes: library.Purpose) ->
     from localmix.errors import InputError, LocalmixError
 
     if wanted is not None and library.find_repository(wanted):
+        from localmix.presentation.table import size
         from localmix.sources.remote import find_remote, heads
-        from localmix.table import size
 
         console.status(f"Reading the heads of the files of {wanted} …")
         remote = find_remote(wanted, for_quantizing=library.Purpose.SOURCE in purposes)
@@ -99,7 +99,7 @@ def adapted(source: Path, loras: Sequence[Lora]) -> Path:
 @contextmanager
 def arriving_model(console: Console, remote: Remote, folder: Path, keep: bool) -> Iterator[ArrivingModel]:
     """`arrivals.arriving`, with words for the wait and for a Ctrl-C."""
-    from localmix.arrivals import arriving
+    from localmix.downloads.arrivals import arriving
     from localmix.errors import Interrupted
 
     console.status(f"Reading the heads of the files of {remote.repository.name} …")

@@ -1,4 +1,4 @@
-"""`localmix plan`: see `localmix.plan` and `localmix.memory`."""
+"""`localmix plan`: see `localmix.plan` and `localmix.capacity.memory`."""
 
 from __future__ import annotations
 
@@ -65,16 +65,17 @@ def command(
     """
     from dataclasses import replace
 
-    from localmix import library, memory
+    from localmix import library
+    from localmix.capacity import memory
+    from localmix.capacity.placement import weigh
+    from localmix.capacity.requirements import Requirements, repacked_bytes
+    from localmix.capacity.simulation import Setting
     from localmix.cli.model_argument import located
-    from localmix.placement import weigh
     from localmix.plan import Planner
+    from localmix.presentation.table import Column, Table, number, size_unit
     from localmix.presets import load_presets
-    from localmix.requirements import Requirements, repacked_bytes
-    from localmix.simulation import Setting
     from localmix.sources.adapter import parse_lora
     from localmix.sources.open import open_source
-    from localmix.table import Column, Table, number, size_unit
 
     console = Console(json)
     model, names = sort_out(words, set_name)

@@ -1,4 +1,4 @@
-"""`localmix ppl`: see `localmix.comparison`, `localmix.divergence` and `localmix.context_curve`."""
+"""`localmix ppl`: see `comparison`, `divergence` and `context_curve` in `localmix.measurement`."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from localmix.cli.parameters import (
 )
 
 if TYPE_CHECKING:
-    from localmix.comparison import Measured, Subject
-    from localmix.corpus import Corpus
-    from localmix.measuring_child import MeasuringChild
-    from localmix.perplexity import Conditions
-    from localmix.published import PublishedTable
-    from localmix.reference import Cache
+    from localmix.measurement.comparison import Measured, Subject
+    from localmix.measurement.corpus import Corpus
+    from localmix.measurement.measuring_child import MeasuringChild
+    from localmix.measurement.perplexity import Conditions
+    from localmix.measurement.reference import Cache
+    from localmix.presentation.published import PublishedTable
+    from localmix.presentation.table import ContextPoint, QuantizationRow, Table
     from localmix.rope_scaling import RopeScaling
-    from localmix.table import ContextPoint, QuantizationRow, Table
 
 # of corpus.split
 LEAST_CONTEXT = 8
@@ -62,7 +62,7 @@ def cache_options(function: Command) -> Command:
     @click.option("--cache-limit", metavar="SIZE", default="20GiB", show_default=True, help="Keep no more than this.")
     @functools.wraps(function)
     def wrapped(*args: Any, cache: bool, cache_limit: str, **others: Any) -> Any:
-        from localmix.reference import Cache
+        from localmix.measurement.reference import Cache
 
         limit = parse_size(cache_limit)
         return function(*args, cache=Cache.of_user(limit) if cache else None, **others)
@@ -154,8 +154,8 @@ def command(
     timed over 3 runs of 128 tokens after an empty prompt; `localmix bench` does it at length.
     """
     from localmix.errors import UsageError
-    from localmix.measuring_child import MeasuringChild
-    from localmix.published import find
+    from localmix.measurement.measuring_child import MeasuringChild
+    from localmix.presentation.published import find
 
     console = Console(json)
     curve = contexts is not None and len(contexts) > 1
@@ -177,10 +177,10 @@ def command(
 
     with MeasuringChild() as child:  # gets ready while this process imports and looks
         from localmix import library
-        from localmix.comparison import common_context, look_at
-        from localmix.corpus import find_corpora
         from localmix.errors import InputError
-        from localmix.perplexity import Conditions
+        from localmix.measurement.comparison import common_context, look_at
+        from localmix.measurement.corpus import find_corpora
+        from localmix.measurement.perplexity import Conditions
 
         texts = find_corpora(corpora)  # before anything is quantized for it
         if names:
@@ -222,7 +222,7 @@ def placer(
 ) -> Callable[[Subject], Subject]:
     """What finds out where a model's layers lie when it is measured, and warns where memory is too small for it."""
     from localmix.cli.memory_check import MemoryCheck
-    from localmix.perplexity import Layout
+    from localmix.measurement.perplexity import Layout
 
     cells = Layout.for_chunks(ctx).cells
     check = MemoryCheck(console, cells, kv_type=kv_type, device=device, gpu_layers=gpu_layers, experts=experts)
@@ -247,7 +247,7 @@ class _Outputs:
         self._csv = csv
         check_outputs([(path, 0) for path in (html, plot) if path is not None], [])
         if plot is not None:
-            from localmix import plots
+            from localmix.presentation import plots
 
             plots.check(plot)
 
@@ -269,14 +269,14 @@ class _Outputs:
         """The page and the plots."""
         if self._html is None and self._plot is None:
             return
-        from localmix.report import Report, write_html
+        from localmix.presentation.report import Report, write_html
 
         report = Report(title, provenance, tuple(rows), tuple(points), tuple(notes))
         if self._html is not None:
             write_html(self._html, report)
             self.console.note(f"Wrote {self._html}")
         if self._plot is not None:
-            from localmix import plots
+            from localmix.presentation import plots
 
             plots.write_plot(self._plot, report)
             self.console.note(f"Wrote {self._plot}")
@@ -323,9 +323,9 @@ def _measure_table(
     child: MeasuringChild,
 ) -> list[Measured]:
     """Measure a row for each model and corpus, and show them."""
-    from localmix.comparison import averages, compare
-    from localmix.provenance import Provenance
-    from localmix.table import quantization_table
+    from localmix.measurement.comparison import averages, compare
+    from localmix.measurement.provenance import Provenance
+    from localmix.presentation.table import quantization_table
 
     done: list[Measured] = []
 
@@ -376,9 +376,9 @@ def _measure_curve(
     child: MeasuringChild,
 ) -> int:
     """Measure a point for each model, corpus and context, and show them; the exit code."""
-    from localmix.context_curve import curve_table, measure_contexts
     from localmix.errors import InputError, Interrupted, LocalmixError
-    from localmix.provenance import Provenance
+    from localmix.measurement.context_curve import curve_table, measure_contexts
+    from localmix.measurement.provenance import Provenance
 
     done: list[ContextPoint] = []
 

@@ -1,4 +1,4 @@
-"""`localmix pull`: see `localmix.pull`."""
+"""`localmix pull`: see `localmix.downloads.pull`."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def command(repository: str, revision: str | None, include: tuple[str, ...], jso
     The hub's own variables are heeded: HF_TOKEN for gated and private models, HF_ENDPOINT for a mirror,
     HF_HUB_OFFLINE to stay off the network.
     """
+    from localmix.downloads.pull import pull
     from localmix.errors import Interrupted
-    from localmix.pull import pull
-    from localmix.table import size
+    from localmix.presentation.table import size
 
     console = Console(json)
     try:

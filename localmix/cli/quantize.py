@@ -113,14 +113,14 @@ def command(
     used then; name one with --imatrix.
     """
     from localmix import library
-    from localmix.arrivals import arriving_name
     from localmix.cli.model_argument import adapted, arriving_model, find_model_of_hub
+    from localmix.downloads.arrivals import arriving_name
     from localmix.errors import UsageError
+    from localmix.presentation.table import Column, Table, number, size, size_unit
     from localmix.presets import load_presets
     from localmix.quantize import parse_override, parse_rule, quantize
     from localmix.sources.adapter import parse_lora
     from localmix.sources.remote import heads
-    from localmix.table import Column, Table, number, size, size_unit
 
     console = Console(json)
     known = load_presets(presets_file)
@@ -250,7 +250,7 @@ def _changed(preset: Preset, output_type: str | None, embedding_type: str | None
 
 def _show_list(console: Console, presets: Presets) -> None:
     from localmix.catalog import catalog
-    from localmix.table import Column, Table, number
+    from localmix.presentation.table import Column, Table, number
 
     entries = catalog(presets)
 

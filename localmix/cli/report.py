@@ -1,4 +1,4 @@
-"""`localmix report`: see `localmix.report`, `localmix.plots` and `localmix.result_document`."""
+"""`localmix report`: see `report`, `plots` and `result_document` in `localmix.presentation`."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from localmix.cli.parameters import FILE, examples, json_option
 )
 def command(result: Path, html: Path | None, plot: Path | None, title: str | None, json: bool) -> None:
     """Make a page or plots from RESULT, a file that `ppl --json` wrote, without measuring again."""
-    from localmix import plots
     from localmix.errors import UsageError
     from localmix.output import check_outputs
-    from localmix.report import write_html
-    from localmix.result_document import read_result
+    from localmix.presentation import plots
+    from localmix.presentation.report import write_html
+    from localmix.presentation.result_document import read_result
 
     console = Console(json)
     outputs = [path for path in (html, plot) if path is not None]

@@ -94,7 +94,8 @@ class Fp8Tensor(StoredTensor):
         found = _read_scales(self.scale, low * width, high * width).reshape(high - low, width)
         if width > 1:
             found = np.repeat(found, self.block[1], axis=1)[:, :columns]
-        return found[places - low]
+        rows_of_scales: npt.NDArray[np.float32] = found[places - low]
+        return rows_of_scales
 
 
 def _read_scales(scale: StoredTensor, start: int, stop: int) -> npt.NDArray[np.float32]:

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from localmix import library
-from localmix.download import Download, fetch
+from localmix.downloads.download import Download, fetch
+from localmix.downloads.hub import HubFile, Repository, Stop, gguf_type, look_up, parse_name, read_range, select
 from localmix.errors import InputError, LocalmixError, NetworkError
-from localmix.hub import HubFile, Repository, Stop, gguf_type, look_up, parse_name, read_range, select
 from localmix.sources.documents import DOCUMENT_LIMIT
 from localmix.sources.positional import NotHere, identity, write_stand_in
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from localmix.chat import Engine, EngineSettings
-from localmix.chat_events import Dropped, Event, Piece, Reply
 from localmix.cli.chat_turn import show_reply, silent_keyboard, stop_on_interrupt
 from localmix.cli.console import Console
+from localmix.conversation.chat import Engine, EngineSettings
+from localmix.conversation.chat_events import Dropped, Event, Piece, Reply
 
 REPLY = Reply("Hi\x1b[2J **you**", 1, 0, 1, "stop", None, None, None)
 EVENTS: tuple[Event, ...] = (Dropped(4), Piece("Hi\x1b"), Piece("[2J **you**"), REPLY)

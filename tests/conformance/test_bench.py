@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from localmix import worker
-from localmix.speed import Settings, SpeedTest
+from localmix.measurement.speed import Settings, SpeedTest
 from tests.commands import CommandLine
 from tests.speed_jobs import count_work
 

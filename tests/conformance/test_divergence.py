@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from localmix.divergence import measure_divergence
+from localmix.measurement.divergence import measure_divergence
 from localmix.presets import load_presets
 from localmix.quantize import quantize
 from tests.conformance import upstream_perplexity

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from localmix.perplexity import measure
+from localmix.measurement.perplexity import measure
 from localmix.presets import load_presets
 from localmix.quantize import quantize
 from localmix.rope_scaling import RopeScaling

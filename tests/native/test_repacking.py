@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from localmix import worker
+from localmix.capacity.placement import weigh
+from localmix.capacity.requirements import repacked_bytes
+from localmix.capacity.simulation import MIB, Setting
 from localmix.native.repacking import is_repacked
-from localmix.placement import weigh
-from localmix.requirements import repacked_bytes
-from localmix.simulation import MIB, Setting
 from localmix.tensor_types import TensorType
 from tests.memory_jobs import hollow, peak, sliding_window_model, write_config, zeros
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from localmix import hub
+from localmix.downloads import hub
 from localmix.errors import InputError, NetworkError, UsageError
 from localmix.plan import Planner
 from localmix.presets import load_presets

@@ -1,0 +1,1 @@
+"""Chat: the conversation, its engine in a child process, what is kept of it."""

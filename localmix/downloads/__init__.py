@@ -1,0 +1,1 @@
+"""Repositories of the Hugging Face hub: headers, files, what was downloaded."""

@@ -1,0 +1,1 @@
+"""What models cost: corpora, perplexity, divergence, speed."""

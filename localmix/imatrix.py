@@ -31,7 +31,7 @@ from localmix.importance import (
     write_importance,
 )
 from localmix.measurement.corpus import Corpus, read_corpus, split
-from localmix.measurement.perplexity import Layout, Tally, decode_chunks
+from localmix.measurement.perplexity import BATCH, Layout, Tally, decode_chunks
 from localmix.native.devices import default_threads
 from localmix.native.model import Model
 from localmix.native.tensors import EvalCallback, Tensor, operations, read, weight_name
@@ -232,7 +232,8 @@ def _collect(channel: Channel, task: _Task, earlier: dict[str, Entry]) -> _Found
         chunks = every[task.started :]
         if not len(chunks):
             return _Found(earlier, task.started)
-        layout = Layout.for_chunks(task.ctx)
+        # as many side by side as llama-imatrix has, whatever the cells cost: sums in another order have other bits
+        layout = Layout(task.ctx, max(1, BATCH // task.ctx))
         collector = Collector(earlier, task.output_weight)
         callback = EvalCallback(collector.wanted, collector.computed)
         tally = Tally(chunks, threads)

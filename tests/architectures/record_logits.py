@@ -2,9 +2,9 @@
 
 It needs torch and transformers; run it in an environment of its own, from the root of the repository:
 
-    python -m venv /tmp/upstream
-    /tmp/upstream/bin/pip install torch transformers
-    /tmp/upstream/bin/python tests/architectures/record_logits.py [MODEL…]
+    python -m venv upstream
+    upstream/bin/pip install torch transformers
+    upstream/bin/python tests/architectures/record_logits.py [MODEL…]
 
 Recorded with torch 2.13 and transformers 5.23.
 """

@@ -3,9 +3,9 @@
 It needs what localmix does not: torch and transformers, and llama.cpp's source (`make vendor` unpacks it).
 Run it in an environment of its own, from the root of the repository:
 
-    python -m venv /tmp/upstream
-    /tmp/upstream/bin/pip install torch transformers sentencepiece gguf pyyaml
-    /tmp/upstream/bin/python tests/conformance/record_convert.py LLAMA_CPP [FOLDER…]
+    python -m venv upstream
+    upstream/bin/pip install torch transformers sentencepiece gguf pyyaml
+    upstream/bin/python tests/conformance/record_convert.py LLAMA_CPP [FOLDER…]
 
 LLAMA_CPP is the folder with convert_hf_to_gguf.py. Without a FOLDER all shapes of tests/checkpoints.py and all models
 of tests/model_families.py are recorded; with folders those checkpoints are (`examples/tinymix` →

@@ -38,6 +38,7 @@ from localmix.measurement.perplexity import (
     describe,
     load,
     measure_here,
+    score,
     time_generation,
 )
 from localmix.measurement.reference import Cache, Recorder, Shape, StoredReference
@@ -259,27 +260,18 @@ def _record_here(
             recorder = stack.enter_context(Recorder(stored, shape))
         except (CapacityError, FileError) as error:
             return error.message
-        layout = Layout.for_chunks(conditions.ctx, conditions.rope, conditions.kv_type)
-        stopwatch = Stopwatch()
-        began = time.perf_counter()
-        with layout.open(model, threads, channel) as context, Tally(chunks, threads) as tally:
-            for part in stopwatch.over(decode_chunks(context, chunks, layout, tally.first)):
-                tally.add(part)
-                recorder.add(part, tally)
-                part.report(channel, len(chunks), conditions.ctx)
-        seconds = time.perf_counter() - began
-        memory = peak_memory.peak()
-        recorder.finish(tally.nll, model.trained_context, memory)
+        scores = score(model, chunks, conditions, threads, channel, recorder.add)
+        recorder.finish(scores.nll, model.trained_context, scores.memory)
         return describe(
             path,
             corpus,
             conditions,
-            tally.nll,
+            scores.nll,
             trained=model.trained_context,
             threads=threads,
-            seconds=seconds,
-            decoding_seconds=stopwatch.seconds,
-            memory=memory,
+            seconds=scores.seconds,
+            decoding_seconds=scores.decoding_seconds,
+            memory=scores.memory,
             speed=time_generation(channel, model, threads, conditions) if with_speed else None,
         )
 

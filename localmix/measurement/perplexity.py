@@ -158,30 +158,61 @@ def measure_here(channel: Channel, path: Path, corpus: Corpus, conditions: Condi
     """The child's part of `measure`."""
     threads = conditions.threads or default_threads()
     with load(path, conditions, channel) as model:
-        chunks = cut(model, corpus, conditions)
-        tally = Tally(chunks, threads)
-        stopwatch = Stopwatch()
-        layout = Layout.for_chunks(conditions.ctx, conditions.rope, conditions.kv_type)
-        began = time.perf_counter()
-        with layout.open(model, threads, channel) as context, tally:
-            for part in stopwatch.over(decode_chunks(context, chunks, layout, tally.first)):
-                tally.add(part)
-                part.report(channel, len(chunks), conditions.ctx)
-        seconds = time.perf_counter() - began
-        memory = peak_memory.peak()
-        speed = time_generation(channel, model, threads, conditions) if with_speed else None
+        scores = score(model, cut(model, corpus, conditions), conditions, threads, channel)
         return describe(
             path,
             corpus,
             conditions,
-            tally.nll,
+            scores.nll,
             trained=model.trained_context,
             threads=threads,
-            seconds=seconds,
-            decoding_seconds=stopwatch.seconds,
-            memory=memory,
-            speed=speed,
+            seconds=scores.seconds,
+            decoding_seconds=scores.decoding_seconds,
+            memory=scores.memory,
+            speed=time_generation(channel, model, threads, conditions) if with_speed else None,
         )
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What `score` found.
+
+    Attributes:
+        nll: float64 `[chunks, scored]`, negative log-likelihood of each token.
+        seconds: of all of it.
+        decoding_seconds: of the model alone.
+        memory: peak of this process, in bytes.
+    """
+
+    nll: NDArray[np.float64]
+    seconds: float
+    decoding_seconds: float
+    memory: int
+
+
+def score(
+    model: Model,
+    chunks: NDArray[np.int32],
+    conditions: Conditions,
+    threads: int,
+    channel: Channel,
+    listener: Callable[[Part, Tally], None] | None = None,
+) -> Scores:
+    """Run chunks, int32 `[chunks, positions]`, through a model and score the second half of each.
+
+    Args:
+        listener: sees each part, with its logits, once it is scored.
+    """
+    layout = Layout.for_chunks(conditions.ctx, conditions.rope, conditions.kv_type)
+    stopwatch = Stopwatch()
+    began = time.perf_counter()
+    with layout.open(model, threads, channel) as context, Tally(chunks, threads) as tally:
+        for part in stopwatch.over(decode_chunks(context, chunks, layout, tally.first)):
+            tally.add(part)
+            if listener is not None:
+                listener(part, tally)
+            part.report(channel, len(chunks), conditions.ctx)
+    return Scores(tally.nll, time.perf_counter() - began, stopwatch.seconds, peak_memory.peak())
 
 
 def load(path: Path, conditions: Conditions, channel: Channel) -> Model:

@@ -64,7 +64,7 @@ $(PY):
 	echo "This Python cannot make virtual environments. Debian: apt install python3-venv"; exit 1; }
 
 # An engine of the pinned version that somebody else put here is kept, unless BACKEND= asks for one.
-$(ENGINE): vendor/llama.cpp/pin.json | $(PY)
+$(ENGINE): vendor/llama.cpp/pin.json vendor/llama.cpp/build.py | $(PY)
 	@if [ "$(origin BACKEND)" = file ] && [ -z "$(INSTALLED)" ] && $(PY) -c 'import json, sys; \
 	from importlib.metadata import version; pin = json.load(open("vendor/llama.cpp/pin.json")); \
 	sys.exit(version(pin["package"]) != pin["version"])' 2>/dev/null; then :; else \

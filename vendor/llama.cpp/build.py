@@ -53,8 +53,8 @@ TOOL_FLAGS = (
     "-DGGML_RPC=ON",
     f"-DLLAMA_BUILD_COMMIT={PIN['commit'][:9]}",
 )
-# Nothing here uses multimodal support.
-ENGINE_FLAGS = ("-DLLAVA_BUILD=OFF", "-DLLAMA_OPENSSL=OFF")
+# Nothing here uses multimodal support; RPC is what spreads a model over several machines.
+ENGINE_FLAGS = ("-DLLAVA_BUILD=OFF", "-DLLAMA_OPENSSL=OFF", "-DGGML_RPC=ON")
 ENGINE_INCLUDE = HERE / "engine.cmake"
 
 

@@ -17,7 +17,6 @@ _CONTEXT_BYTES = 1 << 16  # room for the heads of a few tensors
 _COLUMNS = 256  # what a kernel wants does not depend on the columns, and every block divides these
 
 
-@cache
 def is_repacked(kind: TensorType, rows: int, experts: int = 0) -> bool:
     """Whether this processor takes a matrix in another order than the file's.
 
@@ -30,7 +29,17 @@ def is_repacked(kind: TensorType, rows: int, experts: int = 0) -> bool:
     Raises:
         InputError: llama.cpp cannot be loaded.
     """
-    return any(_takes(buffer_type, kind, rows, experts) for buffer_type in _extra_buffer_types())
+    return reordering_buffer_type(kind, rows, experts) is not None
+
+
+@cache
+def reordering_buffer_type(kind: TensorType, rows: int, experts: int = 0) -> int | None:
+    """The `ggml_backend_buffer_type_t` whose memory holds such a matrix in another order; None if it stays as it is.
+
+    Args, Raises:
+        As `is_repacked`.
+    """
+    return next((found for found in _extra_buffer_types() if _takes(found, kind, rows, experts)), None)
 
 
 @cache

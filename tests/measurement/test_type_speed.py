@@ -1,0 +1,47 @@
+"""Speed of types: that it measures, keeps and measures again; every machine has its own figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from localmix.errors import UsageError
+from localmix.measurement.type_speed import measure, seconds_per_weight
+from localmix.tensor_types import TensorType
+
+
+def test_what_was_measured_is_kept(tmp_path: Path) -> None:
+    steps: list[tuple[int, int, str]] = []
+    kinds = [TensorType.F32, TensorType.Q8_0]
+    first = measure(kinds, 1, progress=lambda *step: steps.append(step), folder=tmp_path)
+    assert list(first.seconds) == kinds
+    assert not first.kept
+    # four bytes against one
+    assert first.seconds[TensorType.F32] > first.seconds[TensorType.Q8_0] > 0
+    assert first.processor and first.threads == 1
+    assert [step[0] for step in steps] == list(range(len(steps)))
+    assert {step[1] for step in steps} == {len(steps)}
+    kept = measure([TensorType.Q8_0], 1, folder=tmp_path)
+    assert kept.kept
+    assert kept.seconds == {TensorType.Q8_0: first.seconds[TensorType.Q8_0]}
+    again = measure([TensorType.Q8_0], 1, again=True, folder=tmp_path)
+    assert not again.kept
+    # the other one's figure stays
+    assert measure(kinds, 1, folder=tmp_path).seconds == {**first.seconds, **again.seconds}
+
+
+def test_a_broken_file_is_measured_anew(tmp_path: Path) -> None:
+    first = measure([TensorType.Q8_0], 1, folder=tmp_path)
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    for broken in (b"{", b"[]", b'{"seconds_per_weight": {"Q8_0": "much"}}', whole.replace(b": ", b": -", 1)):
+        path.write_bytes(broken)
+        assert not measure([TensorType.Q8_0], 1, folder=tmp_path).kept, broken
+    assert json.loads(path.read_bytes())["processor"] == first.processor
+
+
+def test_types_without_weights_are_refused() -> None:
+    with pytest.raises(UsageError, match="Q8_K is no type of weights"):
+        seconds_per_weight([TensorType.Q4_0, TensorType.Q8_K])

@@ -33,12 +33,14 @@ class Wish:
     """How the user wants a model to be run.
 
     Attributes:
-        context: positions; None for 4096, less if the model was trained for less.
+        context: positions of each sequence; None for 4096, less if the model was trained for less.
         kv_type: f16, q8_0 or q4_0.
         device: as `choose_gpus` reads it.
         gpu_layers: None for as many as fit.
         experts: auto, cpu or gpu.
-        sequences: texts that share the context.
+        sequences: how many texts are worked on at once.
+        generation: refuse models that write no text, such as BERT.
+        embeddings: make vectors instead of text, which takes a text as a whole; models that write none always do.
     """
 
     context: int | None = None
@@ -47,6 +49,8 @@ class Wish:
     gpu_layers: int | None = None
     experts: str = "auto"
     sequences: int = 1
+    generation: bool = True
+    embeddings: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Fit:
         gpus: those that are used.
         repack: whether weights may be copied in the processor's own order.
         notes: sentences that the user should see.
+        embeddings: whether it makes vectors instead of text.
     """
 
     path: Path
@@ -75,6 +80,12 @@ class Fit:
     gpus: tuple[Device, ...] = ()
     repack: bool = True
     notes: tuple[str, ...] = ()
+    embeddings: bool = False
+
+    @property
+    def context(self) -> int:
+        """Positions of each sequence."""
+        return self.setting.context // self.setting.sequences
 
     @property
     def placement(self) -> Placement:
@@ -97,20 +108,29 @@ class Examiner:
         self._known: dict[tuple[tuple[str, tuple[int, ...]], ...], Requirements] = {}
         self._gpus = gpus
 
-    def examine(self, path: Path) -> Fit:
+    def examine(self, path: Path, sequences: int | None = None) -> Fit:
         """How a model's file goes into this machine.
+
+        Args:
+            sequences: in place of the wish's.
 
         Raises:
             InputError: it is no model that can be read, or none that writes text.
             UsageError: the wish names a device that is not there.
         """
         with open_source(path) as source:
-            source.require_generation()
+            wish = self._wish
+            if wish.generation:
+                source.require_generation()
             trained = memory.trained_context(source)
-            context = self._wish.context or min(memory.DEFAULT_CONTEXT, trained)
-            setting = Setting(context, self._wish.kv_type, sequences=self._wish.sequences)
+            context = wish.context or min(memory.DEFAULT_CONTEXT, trained)
+            count = sequences or wish.sequences
+            setting = Setting(context * count, wish.kv_type, sequences=count)
+            embeddings = wish.embeddings or not source.generates
+            if embeddings:
+                setting = replace(setting, batch=context)
             fit = self._fit(source, weigh(source.tensors), setting)
-            return replace(fit, path=path, trained=trained)
+            return replace(fit, path=path, trained=trained, embeddings=embeddings)
 
     def beside(self, path: Path) -> Available:
         """What a file leaves of the processor's memory for another model, in the same program."""
@@ -120,6 +140,16 @@ class Examiner:
         taken = need.total - need.program
         limit = f"{self._room.limit}, without the {size(taken)} of {path.name}"
         return Available(max(0, self._room.bytes - taken), limit)
+
+    def after(self, fit: Fit) -> Examiner:
+        """One for a further model, beside another program that holds this one."""
+        from localmix.presentation.table import size
+
+        limit = f"{self._room.limit}, without the {size(fit.need.total)} of {fit.path.name}"
+        room = Available(max(0, self._room.bytes - fit.need.total), limit)
+        held = fit.split.devices
+        gpus = [replace(gpu, free=max(0, gpu.free - held.get(gpu.name, 0))) for gpu in self._find_gpus()]
+        return Examiner(self._wish, room, gpus)
 
     def remedies(self, fit: Fit) -> list[str]:
         """What would help a model that does not run well, each a sentence, the most useful first."""
@@ -196,10 +226,16 @@ class Examiner:
 
         yield from self._smaller(source, fit)
         requirements = self._requirements(source)
+        sequences = fit.setting.sequences
+        if sequences > 1:
+            single = replace(fit.setting, context=fit.context, sequences=1)
+            then = verdict(single)
+            if then is not fit.verdict and then is not Verdict.NO:
+                yield f"`--slots 1` {then.value}."
         if not fit.gpus:
             for wanted in (Verdict.RUNS_WELL, Verdict.LOADS):
-                longest = self._longest(requirements, weights, fit.setting, wanted)
-                if 0 < longest < fit.setting.context:
+                longest = self._longest(requirements, weights, fit.setting, wanted) // sequences
+                if 0 < longest < fit.context:
                     yield f"`--ctx {longest}` {wanted.value}."
                 if longest or fit.verdict is Verdict.LOADS:
                     break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,11 +84,13 @@ class Choice:
     """How to load a model so that it fits.
 
     Attributes:
-        context: positions of the KV cache.
+        context: positions of the KV cache, for each slot.
         kv_type: its type, as `--kv-type` names it.
         placement: what lies on a GPU.
         repack: whether weights may be reordered for the processor, in memory of their own (`Model(repack=…)`).
         need: what it will take.
+        slots: texts that are worked on at once.
+        embeddings: whether it makes vectors instead of text.
     """
 
     context: int
@@ -95,15 +98,21 @@ class Choice:
     placement: Placement
     repack: bool
     need: Need
+    slots: int = 1
+    embeddings: bool = False
 
 
 class MemoryCheck:
     """Whether a file fits into memory, and what to say when it does not.
 
     Args:
-        context: positions; None for 4096, less if the model was trained for less.
+        context: positions for each slot; None for 4096, less if the model was trained for less.
         kv_type, device, gpu_layers, experts: as `placement_options` gives them.
         draft: a second model that is loaded with the first, in the same context.
+        slots: how many texts are to be worked on at once; of several numbers the first that runs well is taken, else
+            the last.
+        generation: refuse models that write no text.
+        embeddings: make vectors instead of text.
     """
 
     def __init__(
@@ -116,12 +125,16 @@ class MemoryCheck:
         gpu_layers: int | None = None,
         experts: str = "auto",
         draft: Path | None = None,
+        slots: Sequence[int] = (1,),
+        generation: bool = True,
+        embeddings: bool = False,
     ) -> None:
         from localmix.capacity import memory
         from localmix.capacity.fit import Examiner, Wish
 
         self._console = console
-        wish = Wish(context, kv_type, device, gpu_layers, experts)
+        self._slots = slots
+        wish = Wish(context, kv_type, device, gpu_layers, experts, slots[-1], generation, embeddings)
         self._told: set[str] = set()
         room = memory.available()
         if draft is not None:
@@ -134,6 +147,19 @@ class MemoryCheck:
 
         return self._examiner.examine(file.path).verdict is Verdict.RUNS_WELL
 
+    def reserve(self, path: Path) -> None:
+        """Take a model that was checked for one that other programs hold: the next ones come beside it."""
+        self._examiner = self._examiner.after(self._examine(path))
+
+    def _examine(self, path: Path) -> Fit:
+        from localmix.capacity.memory import Verdict
+
+        for slots in self._slots:
+            fit = self._examiner.examine(path, slots)
+            if fit.verdict is Verdict.RUNS_WELL:
+                break
+        return fit
+
     def check(self, path: Path, force: bool) -> Choice:
         """How to load the model; what is worth knowing has been said.
 
@@ -144,8 +170,8 @@ class MemoryCheck:
         from localmix.capacity.memory import Verdict
         from localmix.errors import CapacityError
 
-        fit = self._examiner.examine(path)
-        context = fit.setting.context
+        fit = self._examine(path)
+        context = fit.context
         if context > fit.trained:
             self._console.warn(f"{path.name} was trained for a context of {fit.trained}; beyond it replies get worse.")
         choice = self._choose(fit)
@@ -178,7 +204,8 @@ class MemoryCheck:
             if note not in self._told:
                 self._console.warn(note)
         self._told.update(fit.notes)
-        return Choice(fit.setting.context, fit.setting.kv_type, fit.placement, fit.repack, fit.need)
+        slots, kv_type = fit.setting.sequences, fit.setting.kv_type
+        return Choice(fit.context, kv_type, fit.placement, fit.repack, fit.need, slots, fit.embeddings)
 
 
 def _sentence(fit: Fit) -> str:

@@ -170,9 +170,14 @@ class Source(ABC):
             raise self._wrong_kind(key, value, "not a number")
         return value
 
+    @property
+    def generates(self) -> bool:
+        """Whether it predicts a next token; one whose tokens see those after them, such as BERT, does not."""
+        return self.get("{arch}.attention.causal") is not False
+
     def require_generation(self) -> None:
-        """Raise InputError for a model whose tokens see those after them, such as BERT: it predicts none."""
-        if self.get("{arch}.attention.causal") is False:
+        """Raise InputError for a model that predicts no next token."""
+        if not self.generates:
             raise InputError(
                 f"{self.path} is a {self.architecture} model: it sees a text as a whole, as embedding models do, and "
                 "predicts no next token.",

@@ -64,6 +64,30 @@ def test_a_draft_model_takes_room_from_the_other(mixtral: Path, random_model: Pa
     assert Examiner(Wish(), FLOOR).beside(mixtral / "mixtral-Q8_0.gguf").bytes == 0
 
 
+def test_texts_at_once_each_get_the_context(mixtral: Path) -> None:
+    model = mixtral / "mixtral-IQ2_S.gguf"
+    examiner = Examiner(Wish(context=1024), machine(32))
+    one, four = examiner.examine(model), examiner.examine(model, 4)
+    assert (one.context, one.setting.context) == (1024, 1024) and (four.context, four.setting.context) == (1024, 4096)
+    assert four.need.kv == 4 * one.need.kv
+    tight = Examiner(Wish(sequences=16), FLOOR)
+    remedies = tight.remedies(tight.examine(model))
+    assert remedies[0] == "`--slots 1` runs well."
+    assert all(int(remedy.split()[1].rstrip("`")) < 4096 for remedy in remedies if remedy.startswith("`--ctx"))
+
+
+def test_a_further_model_comes_beside_the_first(mixtral: Path) -> None:
+    first = Examiner(Wish(), FLOOR)
+    fit = first.examine(mixtral / "mixtral-IQ2_S.gguf")
+    then = first.after(fit).examine(mixtral / "mixtral-IQ2_S.gguf")
+    assert then.room.bytes == FLOOR.bytes - fit.need.total and then.verdict is not Verdict.RUNS_WELL
+    assert "without the" in then.room.limit and "mixtral-IQ2_S.gguf" in then.room.limit
+    card = Examiner(Wish(), machine(64), [CARD])
+    fit = card.examine(mixtral / "mixtral-IQ2_S.gguf")
+    then = card.after(fit).examine(mixtral / "mixtral-IQ2_S.gguf")
+    assert fit.split.devices["CUDA0"] + then.split.devices.get("CUDA0", 0) <= CARD.free
+
+
 def test_remedies_of_a_model_that_is_too_large(mixtral: Path) -> None:
     examiner = Examiner(Wish(), FLOOR)
     remedies = examiner.remedies(examiner.examine(mixtral / "mixtral-Q4_K_M.gguf"))

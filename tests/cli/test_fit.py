@@ -122,6 +122,18 @@ def test_a_command_that_measures_is_only_warned(
     assert "--gpu-layers" not in capsys.readouterr().err
 
 
+def test_of_several_numbers_of_slots_the_first_that_fits_is_taken(
+    mixtral: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    give(monkeypatch, 28.2)
+    check = MemoryCheck(Console(), None, device="cpu", slots=(4, 2, 1))
+    choice = check.check(mixtral, force=False)
+    assert choice.slots == 2 and choice.context == 4096
+    check.reserve(mixtral)
+    with pytest.raises(CapacityError):
+        check.check(mixtral, force=False)
+
+
 def test_a_gpu_that_is_too_small_is_named(mixtral: Path, capsys: pytest.CaptureFixture[str]) -> None:
     card = Device("CUDA0", "a card", "gpu", 12 * GIB, 12 * GIB)
     room = memory.machine(64)

@@ -1,0 +1,176 @@
+"""One client's connection: deadlines for what it sends, and errors of HTTP itself in OpenAI's shape."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from aiohttp import web
+from aiohttp.http_exceptions import BadHttpMessage, LineTooLong
+
+from localmix.serving.api_errors import INVALID, SERVER, ApiError
+
+HEADER_BYTES, HEADERS = 16384, 100
+# how long what a refused client still sends is read and dropped, so that it reads why
+LINGER_SECONDS = 2.0
+# what the kernel holds for a client that does not read: a stream shows soon that nobody follows it
+SEND_BUFFER_BYTES = 65536
+# above what the gateway writes before it looks how much is left, so that no write of aiohttp's waits for ever
+WRITE_LIMIT_BYTES = 4 << 20
+
+_bugs = logging.getLogger("localmix.serving")
+
+
+class Connection(web.RequestHandler):
+    """aiohttp's server protocol with a deadline for a request's head and a limit of connections.
+
+    Args:
+        server: aiohttp's, which holds the handler of requests.
+        head_seconds: from the first byte of a head to its last; the first request's from the connection's beginning.
+        is_full: whether one more is too many.
+        refused: told the status of what ended before it was a request.
+    """
+
+    __slots__ = ("_deadline", "_has_sent", "_head_seconds", "_is_full", "_refused", "_seen", "is_busy")
+
+    def __init__(
+        self,
+        server: web.Server,
+        *,
+        head_seconds: float,
+        idle_seconds: float,
+        is_full: Callable[[], bool],
+        refused: Callable[[str, int], None],
+    ) -> None:
+        super().__init__(
+            server,
+            loop=asyncio.get_running_loop(),
+            keepalive_timeout=idle_seconds,
+            access_log=None,  # type: ignore[arg-type]
+            max_line_size=HEADER_BYTES,
+            max_field_size=HEADER_BYTES,
+            max_headers=HEADERS,
+            lingering_time=LINGER_SECONDS,
+            auto_decompress=False,
+        )
+        self.is_busy = False
+        self._head_seconds = head_seconds
+        self._is_full = is_full
+        self._refused = refused
+        self._deadline: asyncio.TimerHandle | None = None
+        self._has_sent = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        if self._is_full():
+            full = ApiError(503, "Too many clients are connected.", SERVER, code="too_many_connections", retry_after=1)
+            self._end_with(transport, full)
+            return
+        transport.set_write_buffer_limits(WRITE_LIMIT_BYTES)
+        own: socket.socket | None = transport.get_extra_info("socket")
+        if own is not None:
+            own.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+        super().connection_made(transport)
+        self._await_head()
+
+    def data_received(self, data: bytes) -> None:
+        self._has_sent = True
+        super().data_received(data)
+        if self._deadline is None and not self.is_busy:
+            self._await_head()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._cancel_deadline()
+        super().connection_lost(exc)
+
+    def begin(self) -> None:
+        """A request's head is complete."""
+        self.is_busy = True
+        self._cancel_deadline()
+
+    def end(self) -> None:
+        """It was answered; the next may come."""
+        self.is_busy = False
+        self._has_sent = False
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Answer what is no HTTP, and bugs."""
+        self.begin()
+        if isinstance(exc, BadHttpMessage):
+            error = _head_error(exc)
+            self._refused(self.client(), error.status)
+        else:
+            _bugs.error("A request could not be answered.", exc_info=exc)
+            error = ApiError(500, "The server made a mistake; its log has the details.", SERVER, code="internal_error")
+        if request.writer.output_size > 0:
+            raise ConnectionError("A part of another answer was sent already.")
+        return error_response(error, close=True)
+
+    def client(self) -> str:
+        """The address of the other side."""
+        name = self.peername
+        return str(name[0]) if isinstance(name, tuple) else ""
+
+    def _await_head(self) -> None:
+        self._deadline = asyncio.get_running_loop().call_later(self._head_seconds, self._give_up)
+
+    def _cancel_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _give_up(self) -> None:
+        self._deadline = None
+        if self.transport is None:
+            return
+        if self._has_sent:  # a browser opens connections for later and takes an answer on them for an error
+            late = ApiError(408, "The head of the request did not come in time.", INVALID, code="request_timeout")
+            self._end_with(self.transport, late)
+        self.force_close()
+
+    def _end_with(self, transport: asyncio.Transport, error: ApiError) -> None:
+        peer = transport.get_extra_info("peername")
+        self._refused(str(peer[0]) if isinstance(peer, tuple) else "", error.status)
+        response = error_response(error, close=True)
+        body = error.body()
+        head = [f"HTTP/1.1 {response.status} {response.reason}", "Connection: close", f"Content-Length: {len(body)}"]
+        head += [f"{name}: {value}" for name, value in response.headers.items() if name != "Content-Length"]
+        transport.write("\r\n".join(head).encode("latin-1") + b"\r\n\r\n" + body)
+        transport.close()
+
+
+def error_response(error: ApiError, *, close: bool = False) -> web.Response:
+    """The answer that says it."""
+    headers = {"Server": "localmix", "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+    if error.retry_after:
+        headers["Retry-After"] = str(error.retry_after)
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    response = web.Response(
+        status=error.status, body=error.body(), content_type="application/json", charset="utf-8", headers=headers
+    )
+    if close or error.close:
+        response.force_close()
+    return response
+
+
+def _head_error(problem: BadHttpMessage) -> ApiError:
+    if isinstance(problem, LineTooLong) or "Too many headers" in str(problem):
+        sizes = f"{HEADER_BYTES} bytes a line and {HEADERS} headers"
+        return ApiError(431, f"The head of the request is too large: {sizes} at most.", code="headers_too_large")
+    return ApiError(400, "The request is not valid HTTP.", code="bad_http")
+
+
+def socket_address(request: web.BaseRequest) -> str:
+    """The address of this machine that a client connected to."""
+    found: Any = request.get_extra_info("sockname")
+    return str(found[0]) if isinstance(found, tuple) else ""

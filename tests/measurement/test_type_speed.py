@@ -35,9 +35,10 @@ def test_what_was_measured_is_kept(tmp_path: Path) -> None:
 def test_a_broken_file_is_measured_anew(tmp_path: Path) -> None:
     first = measure([TensorType.Q8_0], 1, folder=tmp_path)
     (path,) = tmp_path.iterdir()
-    whole = path.read_bytes()
-    for broken in (b"{", b"[]", b'{"seconds_per_weight": {"Q8_0": "much"}}', whole.replace(b": ", b": -", 1)):
-        path.write_bytes(broken)
+    whole = json.loads(path.read_bytes())
+    nonsense = {**whole, "seconds_per_weight": {"Q8_0": [float("nan"), 1.0]}}
+    for broken in ("[]", json.dumps({**whole, "threads": 9}), json.dumps(nonsense)):
+        path.write_text(broken)
         assert not measure([TensorType.Q8_0], 1, folder=tmp_path).kept, broken
     assert json.loads(path.read_bytes())["processor"] == first.processor
 

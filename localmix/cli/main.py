@@ -28,6 +28,7 @@ COMMANDS: Mapping[str, str] = {
     "report": "Make a page or plots from what ppl measured.",
     "bench": "Measure how fast models read prompts and generate.",
     "chat": "Talk to a model in the terminal.",
+    "serve": "Serve models to programs and browsers: an OpenAI-compatible API, and a chat page.",
     "export": "Write a Modelfile, with which Ollama runs a model.",
     "verify": "Check that files are whole, the right ones, and hold numbers only.",
     "info": "Show what a GGUF file or a checkpoint holds.",

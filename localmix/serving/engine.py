@@ -1,0 +1,356 @@
+"""A llama-server process for one model: started, watched, started again when it crashed, and stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from localmix.errors import CapacityError, FileError, InputError, LocalmixError
+from localmix.native.model import NO_MEMORY
+from localmix.serving import launcher
+from localmix.serving.engine_options import EngineOptions, environment
+from localmix.serving.gateway import EngineAddress, EngineState
+from localmix.serving.server_binary import HOW_TO_GET_IT
+from localmix.worker import LESS_MEMORY, explain_death, last_words
+
+# before each new start of an engine that crashed; after these it is given up
+PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)
+STEADY_SECONDS = 600.0  # an engine that lived so long starts counting anew
+STOP_SECONDS = 5.0
+_POLL_SECONDS = 0.05
+_SLOWEST_POLL_SECONDS = 0.5
+_ASK_SECONDS = 5.0
+_KEPT_LINES = 200
+_LINE_BYTES = 8192
+_STATE_LINE = b"cmd_child_to_router:state:"
+
+Report = Callable[[float], None]
+
+
+@dataclass(frozen=True)
+class Restarting:
+    """An engine crashed and is started again.
+
+    Attributes:
+        reason: a sentence.
+        attempt: counted from 1.
+        attempts: after so many it is given up.
+        pause: seconds till then.
+    """
+
+    model: str
+    reason: str
+    attempt: int
+    attempts: int
+    pause: float
+
+
+@dataclass(frozen=True)
+class Restarted:
+    """An engine that crashed answers again."""
+
+    model: str
+
+
+@dataclass(frozen=True)
+class GivenUp:
+    """An engine crashed too often."""
+
+    model: str
+    reason: str
+
+
+EngineEvent = Restarting | Restarted | GivenUp
+
+
+class Engine:
+    """One model in a llama-server that only this program can reach.
+
+    Args:
+        program: llama-server.
+        options: how it is started.
+        folder: of this user alone, for its socket.
+        write: gets the lines of its log.
+        tell: gets what happens to it after the first start.
+        pauses: seconds before each new start.
+
+    Attributes:
+        state: whether it answers.
+        failure: the sentence that says why it does not.
+        error: what `failure` is of.
+    """
+
+    def __init__(
+        self,
+        program: Path,
+        options: EngineOptions,
+        folder: Path,
+        write: Callable[[str], None] = lambda line: None,
+        tell: Callable[[EngineEvent], None] = lambda event: None,
+        pauses: tuple[float, ...] = PAUSES,
+    ) -> None:
+        self.options = options
+        self.state: EngineState = "loading"
+        self.error: LocalmixError | None = None
+        self._program = program
+        self._folder = folder
+        self._write = write
+        self._tell = tell
+        self._pauses = pauses
+        self._address = EngineAddress()
+        self._process: asyncio.subprocess.Process | None = None
+        self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
+        self._report: Report = lambda share: None
+        self._ready = asyncio.Event()
+        self._over = asyncio.Event()
+        self._supervision: asyncio.Task[None] | None = None
+
+    @property
+    def name(self) -> str:
+        """What clients call the model."""
+        return self.options.name
+
+    @property
+    def address(self) -> EngineAddress:
+        """Where it listens."""
+        return self._address
+
+    @property
+    def failure(self) -> str | None:
+        """Why it does not answer."""
+        return self.error.message if self.error else None
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process, while there is one."""
+        return self._process.pid if self._process and self._process.returncode is None else None
+
+    async def start(self, report: Report = lambda share: None) -> None:
+        """Load the model; comes back when it answers, and from then on starts it again when it crashes.
+
+        Args:
+            report: called with the loaded share, 0 to 1.
+
+        Raises:
+            LocalmixError: llama-server ended before it answered; the sentence says why.
+        """
+        self._report = report
+        self._supervision = asyncio.create_task(self._supervise(), name=f"engine {self.name}")
+        await self.wait_ready()
+
+    async def wait_ready(self) -> None:
+        """Wait until it answers.
+
+        Raises:
+            LocalmixError: it does not, and will not.
+        """
+        waits = [asyncio.create_task(event.wait()) for event in (self._ready, self._over)]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        if self.state == "failed" and self.error is not None:
+            raise self.error
+
+    async def wait_failed(self) -> None:
+        """Wait until it is given up."""
+        await self._over.wait()
+
+    async def stop(self) -> None:
+        """End the process; harmless when it never started."""
+        if self._supervision is not None:
+            self._supervision.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._supervision
+        await self._end_process()
+
+    async def _supervise(self) -> None:
+        crashes = 0
+        while True:
+            started = time.monotonic()
+            try:
+                await self._run(again=crashes > 0)
+            except LocalmixError as error:
+                self.error = error
+            first_start = not self._ready.is_set() and crashes == 0
+            self._ready.clear()
+            if time.monotonic() - started > STEADY_SECONDS:
+                crashes = 0
+            if first_start or crashes == len(self._pauses):
+                self.state = "failed"
+                self._over.set()
+                if not first_start:
+                    self._tell(GivenUp(self.name, self.failure or ""))
+                return
+            self.state = "restarting"
+            pause = self._pauses[crashes]
+            crashes += 1
+            self._tell(Restarting(self.name, self.failure or "", crashes, len(self._pauses), pause))
+            await asyncio.sleep(pause)
+
+    async def _run(self, again: bool) -> None:
+        """One life of the process, from its start to its end.
+
+        Raises:
+            LocalmixError: why it ended.
+        """
+        self._lines.clear()
+        process = await self._launch()
+        reading = asyncio.create_task(self._read(process))
+        try:
+            answering = asyncio.create_task(self._until_healthy())
+            ended = asyncio.create_task(process.wait())
+            await asyncio.wait((answering, ended), return_when=asyncio.FIRST_COMPLETED)
+            if ended.done():
+                answering.cancel()
+            else:
+                self.state, self.error = "ready", None
+                self._ready.set()
+                if again:
+                    self._tell(Restarted(self.name))
+            status = await ended
+        finally:
+            await self._end_process()
+            await reading
+        raise explain_end(status, "\n".join(self._lines), self.options.model)
+
+    async def _launch(self) -> asyncio.subprocess.Process:
+        self._address = self._new_address()
+        command = [str(self._program), *self.options.arguments(self._address)]
+        if sys.platform == "linux":
+            command = [sys.executable, "-I", str(launcher.__file__), str(os.getpid()), *command]
+        # it takes whoever started it for its router: it says how far it is, and ends when its stdin does
+        variables = {**environment(self._address), "LLAMA_SERVER_ROUTER_PORT": "0"}
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                *command,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
+                env=variables,
+                # Ctrl-C reaches a whole group; this program decides what it means
+                start_new_session=sys.platform != "win32",
+                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+            )
+        except OSError as error:
+            raise FileError(f"{self._program} cannot be started: {error.strerror}.", HOW_TO_GET_IT) from error
+        return self._process
+
+    def _new_address(self) -> EngineAddress:
+        if hasattr(socket, "AF_UNIX") and sys.platform != "win32":
+            path = (
+                self._folder / f"{secrets.token_hex(4)}.sock"
+            )  # a new name: an old process may still hold the old one
+            return EngineAddress(path)
+        with socket.socket() as chosen:
+            chosen.bind(("127.0.0.1", 0))
+            return EngineAddress(None, chosen.getsockname()[1], secrets.token_urlsafe(32))
+
+    async def _read(self, process: asyncio.subprocess.Process) -> None:
+        """Take the process's output to its end, line by line."""
+        assert process.stdout is not None
+        rest = b""
+        while data := await process.stdout.read(65536):
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                self._take(line)
+            rest = rest[-_LINE_BYTES:]
+        self._take(rest)
+
+    def _take(self, line: bytes) -> None:
+        if line.startswith(_STATE_LINE):
+            with contextlib.suppress(ValueError, AttributeError, TypeError):
+                payload = json.loads(line[len(_STATE_LINE) :]).get("payload")
+                self._report(float(payload["value"]) if isinstance(payload, dict) and "value" in payload else 1.0)
+            return
+        text = line[:_LINE_BYTES].decode("utf-8", "replace").rstrip()
+        if text:
+            self._lines.append(text)
+            self._write(text)
+
+    async def _until_healthy(self) -> None:
+        pause = _POLL_SECONDS
+        while await self.ask("/health") != 200:
+            await asyncio.sleep(pause)
+            pause = min(pause * 1.1, _SLOWEST_POLL_SECONDS)
+
+    async def ask(self, path: str) -> int:
+        """The status that llama-server answers a GET with; 0 where it does not answer."""
+        with contextlib.suppress(OSError, ValueError, asyncio.TimeoutError):
+            return await asyncio.wait_for(self._ask(path), _ASK_SECONDS)
+        return 0
+
+    async def _ask(self, path: str) -> int:
+        address = self._address
+        if address.socket is not None:
+            reader, writer = await asyncio.open_unix_connection(address.socket)
+        else:
+            reader, writer = await asyncio.open_connection("127.0.0.1", address.port)
+        try:
+            key = f"Authorization: Bearer {address.key}\r\n" if address.key else ""
+            # the chat page's files are compressed, and refused to who does not take that
+            head = f"GET {path} HTTP/1.1\r\nHost: localhost\r\nAccept-Encoding: gzip\r\n{key}Connection: close\r\n\r\n"
+            writer.write(head.encode())
+            _, status, *_ = (await reader.readline()).split(maxsplit=2)
+            return int(status)
+        finally:
+            writer.close()
+
+    async def _end_process(self) -> None:
+        process = self._process
+        if process is None:
+            return
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
+            try:
+                await asyncio.wait_for(process.wait(), STOP_SECONDS)
+            except asyncio.TimeoutError:
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+                await process.wait()
+        if process.stdin is not None:
+            process.stdin.close()
+        if self._address.socket is not None:
+            self._address.socket.unlink(missing_ok=True)
+
+
+_ARGUMENT = re.compile(r"error: (?:invalid argument: (\S+)|(.+))")
+
+
+def explain_end(status: int, log: str, model: Path) -> LocalmixError:
+    """Why a llama-server ended that nobody stopped.
+
+    Args:
+        status: as subprocess gives it: negative for a signal.
+        log: its last lines.
+    """
+    lowered = log.lower()
+    if status == -9:
+        return CapacityError(f"{model.name}: llama-server was killed, most likely because memory ran out.", LESS_MEMORY)
+    if any(words in lowered for words in NO_MEMORY):
+        return CapacityError(f"{model.name} does not fit into memory: {last_words(log)}.", LESS_MEMORY)
+    if found := _ARGUMENT.search(log):
+        said = (
+            f"does not know the argument {found[1]}" if found[1] else f"refuses its arguments: {found[2].rstrip('.')}"
+        )
+        return InputError(f"llama-server {said}.", "What stands behind -- goes to llama-server: see its --help.")
+    error = explain_death(status, log, str(model))
+    if isinstance(error, LocalmixError):
+        return error.__class__(error.message.replace("the worker", "llama-server"), error.hint)
+    words = last_words(log)
+    said = f": {words}" if words else ""
+    return InputError(f"llama-server ended with {model.name} (status {status}){said}.", "The log has more.")

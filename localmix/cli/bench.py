@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from localmix.cli.bench_types import ALL, bench_types
 from localmix.cli.console import Console, Progress
 from localmix.cli.parameters import MODEL, TYPES, examples, json_option, markdown_option, parse_types
 
@@ -127,7 +128,16 @@ def _kv_types(ctx: click.Context, param: click.Parameter, value: str) -> list[st
     show_default=True,
     help="Where to compute: a kind of device, or names from `localmix doctor` with commas between.",
 )
-@click.option("--types", metavar="TYPE[,TYPE…]", type=TYPES, help="These types of each model, or a set of them.")
+@click.option(
+    "--types",
+    metavar="[TYPE[,TYPE…]]",
+    type=TYPES,
+    is_flag=False,
+    flag_value=ALL,
+    help="These types of each model, or a set of them. Without a model: how fast this processor generates with"
+    " weights of these tensor types; all of them if none is named.",
+)
+@click.option("--again", is_flag=True, help="Measure the types anew that were measured before; without a model.")
 @click.option("--csv", is_flag=True, help="The rows as CSV, with llama-bench's names.")
 @markdown_option
 @json_option
@@ -135,6 +145,8 @@ def _kv_types(ctx: click.Context, param: click.Parameter, value: str) -> list[st
     "localmix bench",
     "localmix bench tinymix --types Q8_0,Q4_K_M,Q2_K",
     "localmix bench tinymix:Q4_K_M --threads 1,2,4 --depth 0,4096 --kv-type f16,q8_0",
+    "localmix bench --types",
+    "localmix bench --types Q4_K,IQ4_XS,IQ3_S --threads 4 --again",
     "localmix bench model.gguf -p 512,2048 -n 0 --ubatch 128,512 --csv > prompt.csv",
 )
 def command(
@@ -151,6 +163,7 @@ def command(
     gpu_layers: list[int | None],
     device: str,
     types: str | None,
+    again: bool,
     csv: bool,
     markdown: bool,
     json: bool,
@@ -160,6 +173,9 @@ def command(
     Random tokens, a warm-up, then repetitions: tokens per second, mean and standard deviation. An option with
     several values makes a row for each; several options make one for each combination. A row that fails says
     so; the exit code is then 3.
+
+    With --types and no model it measures types of tensors instead: a matrix of each times a vector, as every
+    token needs it. The figures are kept for this processor and for `quantize --types fast`.
     """
     from localmix.capacity.fit import find_gpus
     from localmix.errors import InputError, UsageError
@@ -168,6 +184,14 @@ def command(
     from localmix.native.devices import default_threads
 
     console = Console(json)
+    if types is not None and not models:
+        _refuse_others("only a model is measured so", "types", "threads", "again", "csv", "markdown", "json")
+        if threads is not None and len(threads) > 1:
+            raise UsageError("Types are measured with one number of threads.")
+        bench_types(console, types, threads[0] if threads else None, again, csv, markdown)
+        return 0
+    if types == ALL or again:
+        raise UsageError("A model is measured in types that are named, and always anew.", "Name them after --types.")
     tests = [SpeedTest(count, 0) for count in prompt if count]
     tests += [SpeedTest(0, count) for count in gen if count]
     tests += [SpeedTest(*_pair(words)) for words in pg]
@@ -214,6 +238,17 @@ def command(
     _remember(list(subjects))
     console.result({"rows": [_record(point, subjects[point.path]) for point in done]}, draw)
     return InputError.exit_code if any(point.failure for point in done) else 0
+
+
+def _refuse_others(reason: str, *allowed: str) -> None:
+    """Refuse the options that were given and are none of these."""
+    from localmix.errors import UsageError
+
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        given = context.get_parameter_source(parameter.name or "") == click.core.ParameterSource.COMMANDLINE
+        if given and parameter.name not in (*allowed, "models"):
+            raise UsageError(f"{parameter.opts[-1]} does not go with --types alone: {reason}.", "Name a model.")
 
 
 def _pair(words: str) -> tuple[int, int]:

@@ -10,10 +10,10 @@ for experts, with K- and I-quants: attention and norms are the rest.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
-import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +30,12 @@ from localmix.tensor_types import ENCODABLE, TensorType
 from localmix.worker import Channel, Report, run
 
 FORMAT = 1  # of what is kept: raised when it would be measured in another way
-RING_BYTES = 96 << 20
-ROUNDS = 7
+RING_BYTES = 96 << 20  # at least; twice the largest cache where that is more
 TURNS = 3  # of each ring in a round; the first also brings its pages and its threads
-_FIGURES = "seconds_per_weight"  # [quickest, median] by type
-BUSY = 1.3  # a usual turn takes so many times the quickest, when other programs use the processor
+LEAST_ROUNDS, MOST_ROUNDS = 7, 20
+STEADY_ROUNDS, STEADY = 3, 0.05  # it ends when so many rounds have made no type quicker by so much
+BUSY = 0.1  # of the processor used by other programs: even the quickest turns may be slow then
+_FIGURES = "seconds_per_weight"
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class TypeSpeeds:
 
     Attributes:
         seconds: of one weight in the quickest turn, by type.
-        usual: of one weight in the median of the turns.
+        others: share of the processor that other programs used meanwhile; the most, where types were measured apart.
         kept: whether all of it was measured before.
     """
 
@@ -51,13 +52,13 @@ class TypeSpeeds:
     engine: str
     threads: int
     seconds: Mapping[TensorType, float]
-    usual: Mapping[TensorType, float]
+    others: float
     kept: bool
 
     @property
     def busy(self) -> bool:
-        """Whether other programs slowed most of it down, so that even the quickest turns may be slow."""
-        return statistics.median(self.usual[kind] / self.seconds[kind] for kind in self.seconds) > BUSY
+        """Whether other programs used so much of the processor that even the quickest turns may be slow."""
+        return self.others > BUSY
 
 
 def seconds_per_weight(
@@ -110,21 +111,50 @@ def measure(
         engine=key["engine"],
         threads=count,
         seconds={kind: known[kind][0] for kind in types},
-        usual={kind: known[kind][1] for kind in types},
+        others=max((known[kind][1] for kind in types), default=0.0),
         kept=not wanted,
     )
 
 
 def _measure(channel: Channel, types: Sequence[TensorType], threads: int) -> dict[TensorType, tuple[float, float]]:
-    """The child's part of `measure`: seconds of a weight in the quickest turn and in the median one."""
-    turns: dict[TensorType, list[float]] = {kind: [] for kind in types}
-    for number in range(ROUNDS):
-        for index, kind in enumerate(types):
+    """The child's part of `measure`: seconds of a weight in the quickest turn, and the share that others used."""
+    before = _processor_seconds()
+    ring_bytes = max(RING_BYTES, 2 * _largest_cache(Path("/sys/devices/system/cpu/cpu0/cache")))
+    quickest = dict.fromkeys(types, math.inf)
+    number = steady = 0
+    while number < LEAST_ROUNDS or (steady < STEADY_ROUNDS and number < MOST_ROUNDS):
+        number += 1
+        steady += 1
+        for index, kind in enumerate(types, (number - 1) * len(types)):
             channel.check()
-            channel.progress(number * len(types) + index, ROUNDS * len(types), f"round {number + 1}: {kind.name}")
-            with WeightRing(kind, RING_BYTES, threads) as ring:
-                turns[kind] += [ring.turn() / ring.weights for _ in range(TURNS)]
-    return {kind: (min(seconds), statistics.median(seconds)) for kind, seconds in turns.items()}
+            channel.progress(index, max(number, LEAST_ROUNDS) * len(types), f"round {number}, {kind.name}")
+            with WeightRing(kind, ring_bytes, threads) as ring:
+                seconds = min(ring.turn() for _ in range(TURNS)) / ring.weights
+            if seconds < quickest[kind] * (1 - STEADY):
+                steady = 0
+            quickest[kind] = min(seconds, quickest[kind])
+    theirs, everything = (after - first for after, first in zip(_processor_seconds(), before, strict=True))
+    others = max(0.0, theirs / everything) if everything > 0 else 0.0
+    return {kind: (seconds, others) for kind, seconds in quickest.items()}
+
+
+def _largest_cache(folder: Path) -> int:
+    """Bytes of a core's largest cache, from Linux's files on them; 0 if there are none."""
+    sizes = []
+    for file in folder.glob("index*/size"):
+        with contextlib.suppress(OSError, ValueError):
+            sizes.append(int(file.read_text().strip().removesuffix("K")) << 10)
+    return max(sizes, default=0)
+
+
+def _processor_seconds() -> tuple[float, float]:
+    """Seconds that other programs used of all processors since the system's start, and those that there were."""
+    import psutil
+
+    system, own = psutil.cpu_times(), psutil.Process().cpu_times()
+    everything = sum(system) - getattr(system, "guest", 0.0) - getattr(system, "guest_nice", 0.0)  # in user and nice
+    idle = system.idle + getattr(system, "iowait", 0.0)
+    return everything - idle - own.user - own.system, everything
 
 
 def _key(threads: int) -> dict[str, Any]:
@@ -149,10 +179,10 @@ def _read(path: Path, key: Mapping[str, Any]) -> dict[TensorType, tuple[float, f
         kept = json.loads(path.read_text("utf-8"))
         if any(kept[name] != value for name, value in key.items()):
             return {}
-        found = {TensorType[name]: (float(best), float(usual)) for name, (best, usual) in kept[_FIGURES].items()}
+        found = {TensorType[name]: (float(time), float(share)) for name, (time, share) in kept[_FIGURES].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
-    return {kind: (best, usual) for kind, (best, usual) in found.items() if 0 < best <= usual < math.inf}
+    return {kind: (time, share) for kind, (time, share) in found.items() if 0 < time < math.inf and 0 <= share <= 1}
 
 
 def _keep(path: Path, key: Mapping[str, Any], known: Mapping[TensorType, tuple[float, float]]) -> None:

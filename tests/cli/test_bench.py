@@ -20,7 +20,7 @@ FEW = ("-t", "1", "-p", "16", "-n", "4", "-r", "2")
 
 @pytest.fixture
 def localmix(tmp_path: Path) -> CommandLine:
-    return CommandLine(tmp_path / "home", tmp_path)
+    return CommandLine(tmp_path / "home", tmp_path, {"XDG_CACHE_HOME": str(tmp_path / "cache")})
 
 
 @pytest.fixture
@@ -93,6 +93,54 @@ def test_a_wrong_option_is_a_sentence(library: CommandLine, words: tuple[str, ..
     run = library("bench", "small", *words, expect=2)
     assert sentence in run.err
     assert run.out == ""
+
+
+def test_types_of_tensors(localmix: CommandLine) -> None:
+    run = localmix("bench", "--types", "q8_0,F32", "--threads", "1")
+    lines = run.out.splitlines()
+    assert lines[0].split() == ["Type", "BPW", "GB/s", "ns/1000", "weights", "Time", "÷", "Q4_K"]
+    rows = [line.split() for line in lines[2:4]]
+    assert [row[:2] for row in rows] == [["Q8_0", "8.50"], ["F32", "32.00"]]
+    for _, bits, bandwidth, nanoseconds, _ in rows:
+        # 1000 weights of so many bits
+        assert float(bandwidth) == pytest.approx(float(bits) / 8 * 1000 / float(nanoseconds), rel=0.02)
+    assert "1 thread; llama.cpp" in run.out and "--again" not in run.out
+    kept = localmix("bench", "--types", "Q8_0,Q4_K", "--threads", "1")
+    assert kept.out.splitlines()[2].split() == rows[0]
+    assert "Measured earlier; --again measures anew." in kept.out
+    document = localmix("bench", "--types", "Q4_K", "--threads", "1", "--json").json
+    assert document["kept"] and document["threads"] == 1 and document["processor"]
+    (row,) = document["rows"]
+    assert (row["type"], row["bpw"], row["against_q4_k"]) == ("Q4_K", 4.5, 1.0)
+    table = list(csv.DictReader(io.StringIO(localmix("bench", "--types", "Q4_K", "--threads", "1", "--csv").out)))
+    assert float(table[0]["ns_per_1000_weights"]) == row["ns_per_1000_weights"]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--types", "Q4_K_M"), "no tensor type 'Q4_K_M'. Did you mean Q4_K"),
+        (("--types", ","), "No type was named"),
+        (("--types", "Q4_K", "--depth", "5"), "--depth does not go with --types alone"),
+        (("--types", "Q4_K", "--threads", "1,2"), "one number of threads"),
+        (("small", "--types"), "in types that are named"),
+        (("small", "--again"), "in types that are named"),
+    ],
+)
+def test_what_does_not_go_with_types_is_a_sentence(library: CommandLine, words: tuple[str, ...], sentence: str) -> None:
+    run = library("bench", *words, expect=2)
+    assert sentence in " ".join(run.err.split())
+    assert run.out == ""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT there")
+def test_ctrl_c_ends_the_timing_of_types(localmix: CommandLine) -> None:
+    process = localmix.popen("bench", "--types", "--threads", "1", "--again")
+    time.sleep(1.5)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert out == "" and "Traceback" not in err
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT there")

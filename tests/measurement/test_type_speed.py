@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from localmix.errors import UsageError
-from localmix.measurement.type_speed import measure, seconds_per_weight
+from localmix.measurement.type_speed import _largest_cache, measure, seconds_per_weight
 from localmix.tensor_types import TensorType
 
 
@@ -21,6 +21,7 @@ def test_what_was_measured_is_kept(tmp_path: Path) -> None:
     # four bytes against one
     assert first.seconds[TensorType.F32] > first.seconds[TensorType.Q8_0] > 0
     assert first.processor and first.threads == 1
+    assert 0 <= first.others <= 1
     assert [step[0] for step in steps] == list(range(len(steps)))
     assert {step[1] for step in steps} == {len(steps)}
     kept = measure([TensorType.Q8_0], 1, folder=tmp_path)
@@ -46,3 +47,11 @@ def test_a_broken_file_is_measured_anew(tmp_path: Path) -> None:
 def test_types_without_weights_are_refused() -> None:
     with pytest.raises(UsageError, match="Q8_K is no type of weights"):
         seconds_per_weight([TensorType.Q4_0, TensorType.Q8_K])
+
+
+def test_the_largest_cache_is_read_where_the_system_tells(tmp_path: Path) -> None:
+    for index, size in enumerate(("48K", "1024K", "98304K", "what")):
+        (tmp_path / f"index{index}").mkdir()
+        (tmp_path / f"index{index}" / "size").write_text(f"{size}\n")
+    assert _largest_cache(tmp_path) == 96 << 20
+    assert _largest_cache(tmp_path / "none") == 0

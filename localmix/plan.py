@@ -19,13 +19,15 @@ from localmix.gguf_format import encode_entry, encode_header, layout, padded, te
 from localmix.importance import Importance
 from localmix.native.kernels import requires_importance
 from localmix.native.mixture import Mixture, choose_types, file_type
-from localmix.presets import Preset, Rule
+from localmix.optimization.recipe import describe_rules, fold_rules
+from localmix.presets import Preset, Recipe, Rule
 from localmix.sources.base import MetaValue, Source, TensorInfo, text, u32
 from localmix.tensor_types import FLOAT_TYPES, TensorType
 
 QUANTIZATION_VERSION = 2  # ggml.h, GGML_QNT_VERSION
 LEAST_SPLIT_BYTES = 10**6
 COPY = "COPY"  # the base of the preset that leaves every tensor as it is
+RECIPE = "localmix.recipe"  # begins the metadata entries of a mixture that was chosen for one model
 
 
 @dataclass(frozen=True)
@@ -135,12 +137,14 @@ class Planner:
             split_bytes: put no more than this into one file, unless a single tensor is larger.
 
         Raises:
-            InputError: llama.cpp cannot quantize this model.
+            InputError: llama.cpp cannot quantize this model, or the preset is a recipe of another one.
             UsageError: a rule is no regular expression.
         """
         mixture = self._mixture(preset, rules, has_imatrix or importance is not None)
         infos = [replace(tensor, type=mixture.types[tensor.name]) for tensor in self._source.tensors]
         whole = self._metadata(preset, importance)
+        if preset.recipe is not None:
+            whole |= self._describe_recipe(preset, preset.recipe, mixture)
         parts = _parts(infos, whole, split_bytes)
         headers: list[bytes] = []
         tensors: list[PlannedTensor] = []
@@ -180,6 +184,8 @@ class Planner:
 
     def _metadata(self, preset: Preset, importance: Importance | None) -> dict[str, MetaValue]:
         metadata = dict(self._source.metadata)
+        if preset.base != COPY:
+            metadata = {key: value for key, value in metadata.items() if not key.startswith(RECIPE)}
         metadata["general.quantization_version"] = u32(QUANTIZATION_VERSION)
         if preset.base != COPY:
             metadata["general.file_type"] = u32(file_type(preset.base))
@@ -190,6 +196,39 @@ class Planner:
             metadata["quantize.imatrix.entries_count"] = u32(len(importance.entries))
             metadata["quantize.imatrix.chunks_count"] = u32(importance.chunk_count)
         return metadata
+
+    def _describe_recipe(self, preset: Preset, recipe: Recipe, mixture: Mixture) -> dict[str, MetaValue]:
+        """The types that a recipe gives, as they turned out, and what they were chosen for.
+
+        Raises:
+            InputError: the recipe is of another model.
+        """
+        patterns = [_compiled(rule) for rule in preset.rules]
+        types = {
+            tensor.name: mixture.types[tensor.name]
+            for tensor in self._source.tensors
+            if any(pattern.search(tensor.name) for pattern in patterns)
+        }
+        left = [name for name, kind in mixture.types.items() if name not in types and kind not in FLOAT_TYPES]
+        if len(types) != recipe.tensors or left:
+            raise InputError(
+                f"The recipe {preset.name} is of another model: it names {recipe.tensors} tensors, of which"
+                f" {len(types)} are in {self._source.path}" + (f", and says nothing of {left[0]}." if left else "."),
+                "Let one be chosen for this model with `localmix quantize --target`.",
+            )
+        return {
+            RECIPE: text(describe_rules(fold_rules(types))),
+            f"{RECIPE}.base": text(preset.base),
+            f"{RECIPE}.target": text(recipe.target),
+            f"{RECIPE}.sensitivities": text(recipe.sensitivities),
+        }
+
+
+def _compiled(rule: Rule) -> re.Pattern[str]:
+    try:
+        return re.compile(rule.tensor)
+    except re.error as error:
+        raise UsageError(f"{rule.tensor!r} is no regular expression: {error}.") from error
 
 
 def _parts(infos: Sequence[TensorInfo], metadata: Mapping[str, MetaValue], limit: int | None) -> list[list[int]]:

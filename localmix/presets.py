@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,21 @@ class Rule:
 
 
 @dataclass(frozen=True)
+class Recipe:
+    """What tells a preset that was chosen for one model from a general one.
+
+    Attributes:
+        target: the size it was chosen for, such as `12.0GiB`.
+        sensitivities: where the sensitivities of the tensors came from.
+        tensors: how many tensors its rules give a type; for a model with another number it is not meant.
+    """
+
+    target: str
+    sensitivities: str
+    tensors: int
+
+
+@dataclass(frozen=True)
 class Preset:
     """One way to give every tensor a type; see the head of quant_presets.yaml for the fields."""
 
@@ -37,15 +53,34 @@ class Preset:
     output: TensorType | None = None
     embedding: TensorType | None = None
     pure: bool = False
+    recipe: Recipe | None = None
+
+
+@dataclass(frozen=True)
+class Priors:
+    """What models of ours say about one that nobody measured; see the head of the section in quant_presets.yaml.
+
+    Attributes:
+        models: by model and class of tensors, nats of divergence for one unit of relative error of all its tensors.
+        errors: relative error of each type in a typical matrix.
+    """
+
+    models: Mapping[str, Mapping[str, float]]
+    errors: Mapping[TensorType, float]
 
 
 @dataclass(frozen=True)
 class Presets:
-    """All presets by name, short names for some, and named sets."""
+    """All presets by name, short names for some, and named sets.
+
+    Attributes:
+        priors: None in a file that has none.
+    """
 
     presets: Mapping[str, Preset]
     aliases: Mapping[str, str]
     sets: Mapping[str, tuple[str, ...]]
+    priors: Priors | None = None
 
     def canonical(self, name: str) -> str:
         """The preset's own name: `q4_k` is `Q4_K_M`.
@@ -118,7 +153,7 @@ def load_presets(path: Path | None = None) -> Presets:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     reader = _Reader(path)
-    top = reader.mapping(content, "the file", ("presets", "aliases", "sets"))
+    top = reader.mapping(content, "the file", ("presets", "aliases", "sets", "priors"))
     presets = {name: reader.preset(name, fields) for name, fields in reader.entries(top, "presets")}
     aliases = {
         alias: reader.known(str(name), presets, f"the alias {alias}") for alias, name in reader.entries(top, "aliases")
@@ -129,7 +164,7 @@ def load_presets(path: Path | None = None) -> Presets:
         )
         for key, names in reader.entries(top, "sets")
     }
-    return Presets(presets, aliases, sets)
+    return Presets(presets, aliases, sets, reader.priors(top["priors"]) if "priors" in top else None)
 
 
 class _Located(dict[Any, Any]):
@@ -206,7 +241,7 @@ class _Reader:
 
     def preset(self, name: str, value: Any) -> Preset:
         where = f"the preset {name}"
-        names = ("base", "rules", "output", "embedding", "imatrix", "advice", "pure")
+        names = ("base", "rules", "output", "embedding", "imatrix", "advice", "pure", "recipe")
         fields = self.mapping(value, where, names)
         imatrix = fields.get("imatrix", "optional")
         if imatrix not in IMATRIX_NEEDS:
@@ -226,4 +261,33 @@ class _Reader:
             self.type(fields["output"], where) if "output" in fields else None,
             self.type(fields["embedding"], where) if "embedding" in fields else None,
             self.flag(fields.get("pure", False), where),
+            self.recipe(fields["recipe"], where) if "recipe" in fields else None,
         )
+
+    def recipe(self, value: Any, where: str) -> Recipe:
+        names = ("target", "sensitivities", "tensors")
+        fields = self.mapping(value, f"the recipe of {where}", names)
+        tensors = fields.get("tensors")
+        if set(fields) != set(names) or type(tensors) is not int or tensors < 1:
+            raise self.error(f"the recipe of {where}", f"needs the fields {', '.join(names)}, the last one a number")
+        return Recipe(str(fields["target"]), str(fields["sensitivities"]), tensors)
+
+    def priors(self, value: Any) -> Priors:
+        fields = self.mapping(value, "priors", ("models", "errors"))
+        models = {
+            name: {kind: self.positive(number, f"{kind} of {name}") for kind, number in classes.items()}
+            for name, found in self.entries(fields, "models")
+            if (classes := self.mapping(found, f"the priors of {name}"))
+        }
+        errors = {
+            self.type(name, "the relative errors"): self.positive(number, f"the relative error of {name}")
+            for name, number in self.entries(fields, "errors")
+        }
+        if not models or not errors:
+            raise self.error("priors", "needs models and errors")
+        return Priors(models, errors)
+
+    def positive(self, value: Any, where: str) -> float:
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise self.error(where, f"is {str(value)[:40]!r}, not a positive number")
+        return float(value)

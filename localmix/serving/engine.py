@@ -8,16 +8,17 @@ import json
 import os
 import re
 import secrets
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from localmix.errors import CapacityError, FileError, InputError, LocalmixError
+from localmix.errors import CapacityError, FileError, InputError, LocalmixError, UsageError
 from localmix.native.model import NO_MEMORY
 from localmix.serving import launcher
 from localmix.serving.engine_options import EngineOptions, environment
@@ -225,7 +226,7 @@ class Engine:
         finally:
             await self._end_process()
             await reading
-        raise explain_end(status, "\n".join(self._lines), self.options.model)
+        raise explain_end(status, list(self._lines), self.options.model)
 
     async def _launch(self) -> asyncio.subprocess.Process:
         self._address = self._new_address()
@@ -328,29 +329,46 @@ class Engine:
             self._address.socket.unlink(missing_ok=True)
 
 
-_ARGUMENT = re.compile(r"error: (?:invalid argument: (\S+)|(.+))")
+# 0.00.023.133 E llama_model_load: error loading model: …
+_LOGGED = re.compile(r"^(?:[\d.]+ (?P<level>[A-Z]) )?(?:\w+: +)?(?P<text>.*)$")
+_FATAL = re.compile(r"GGML_ASSERT|GGML_ABORT|what\(\):|^terminate called")
+_ARGUMENT = re.compile(r"^error: invalid argument: (.+)|^error while handling argument (.+)|^error: (.+)")
 
 
-def explain_end(status: int, log: str, model: Path) -> LocalmixError:
+def explain_end(status: int, lines: Sequence[str], model: Path) -> LocalmixError:
     """Why a llama-server ended that nobody stopped.
 
     Args:
         status: as subprocess gives it: negative for a signal.
-        log: its last lines.
+        lines: the last ones of its log.
     """
-    lowered = log.lower()
+    name, words = model.name, _reason(lines)
+    if status in (-signal.SIGTERM, -signal.SIGINT) or not status:
+        return InputError(f"{name}: somebody stopped its llama-server.")
     if status == -9:
-        return CapacityError(f"{model.name}: llama-server was killed, most likely because memory ran out.", LESS_MEMORY)
-    if any(words in lowered for words in NO_MEMORY):
-        return CapacityError(f"{model.name} does not fit into memory: {last_words(log)}.", LESS_MEMORY)
-    if found := _ARGUMENT.search(log):
-        said = (
-            f"does not know the argument {found[1]}" if found[1] else f"refuses its arguments: {found[2].rstrip('.')}"
-        )
-        return InputError(f"llama-server {said}.", "What stands behind -- goes to llama-server: see its --help.")
-    error = explain_death(status, log, str(model))
+        return CapacityError(f"{name}: llama-server was killed, most likely because memory ran out.", LESS_MEMORY)
+    if any(phrase in line for line in lines for phrase in NO_MEMORY):
+        return CapacityError(f"{name} does not fit into memory: {words}.", LESS_MEMORY)
+    found = next(filter(None, map(_ARGUMENT.match, lines)), None)
+    if found and not found[3]:
+        said = f"does not know the argument {found[1]}" if found[1] else f"refuses the argument {found[2]}"
+        return UsageError(f"llama-server {said.rstrip('.')}.", "What stands behind -- goes to llama-server as it is.")
+    error = explain_death(status, words, str(model))
     if isinstance(error, LocalmixError):
-        return error.__class__(error.message.replace("the worker", "llama-server"), error.hint)
-    words = last_words(log)
-    said = f": {words}" if words else ""
-    return InputError(f"llama-server ended with {model.name} (status {status}){said}.", "The log has more.")
+        return error
+    words = words or (found[3] if found else "")
+    if words:
+        return InputError(f"llama-server ended with {name}: {words}.", "Check the file with `localmix info`.")
+    return InputError(f"llama-server ended with {name}, status {status}.", "Its log may say why.")
+
+
+def _reason(lines: Sequence[str]) -> str:
+    """The line that says why, without llama-server's time and place; empty where there is none."""
+    for line in lines:
+        if _FATAL.search(line):
+            return last_words(line)
+    for line in lines:
+        found = _LOGGED.match(line)
+        if found and found["level"] == "E":
+            return found["text"].removeprefix("error loading model: ").strip().rstrip(".")
+    return ""

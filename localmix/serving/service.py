@@ -178,7 +178,8 @@ async def _load(engine: Engine, tell: Callable[[Event], None]) -> None:
 
 
 async def _has_page(engines: Sequence[Engine]) -> bool:
-    return await engines[0].ask("/") == 200
+    talkers = [engine for engine in engines if not engine.options.embeddings]
+    return bool(talkers) and await talkers[0].ask("/") == 200
 
 
 async def _until_all_failed(engines: Sequence[Engine]) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from localmix import library
 from localmix.capacity.memory import DEFAULT_CONTEXT, trained_context
@@ -339,41 +340,86 @@ def _average(rows: Sequence[QuantizationRow], reference: Sequence[QuantizationRo
     )
 
 
+# two standard errors: one in twenty such verdicts would be chance
+_CERTAIN = 2
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What a second model costs and saves against a first, on one text.
 
     Attributes:
+        better: file name of the better one, by divergence from the reference where both have one, else by perplexity;
+            empty if the difference is no larger than chance may make it.
         size_ratio: bytes of the second by those of the first.
         ppl_ratio, ppl_ratio_error: the same of the perplexities, with the error of the paired differences.
-        sentence: both in words.
+        kld_difference, kld_difference_error: mean divergence of the second less that of the first, in nats, with the
+            error of the paired differences; None unless both are compared with a third model.
+        sentence: all of it in words.
     """
 
+    better: str
     size_ratio: float
     ppl_ratio: float
     ppl_ratio_error: float
+    kld_difference: float | None
+    kld_difference_error: float | None
     sentence: str
 
 
 def judge(first: Measured, second: Measured) -> Verdict:
     """Compare two models that were measured on the same tokens; neither has failed."""
     assert first.perplexity is not None and second.perplexity is not None
-    differences = second.perplexity.token_nll - first.perplexity.token_nll
-    ratio = math.exp(float(differences.mean()))
-    error = ratio * float(differences.std()) / math.sqrt(max(1, differences.size - 1))
+    one, other = first.perplexity, second.perplexity
+    difference, error = _paired(one.token_nll, other.token_nll)
+    ratio = math.exp(difference)
     size_ratio = second.row.bytes / first.row.bytes
-    one, other = (
-        (first.row.type, second.row.type)
-        if first.row.model == second.row.model and first.row.type != second.row.type
-        else (first.perplexity.model, second.perplexity.model)
-    )
-    size = f"is {100 * abs(size_ratio - 1):.1f} % {'smaller' if size_ratio < 1 else 'larger'} than {one}"
-    if abs(size_ratio - 1) < 0.0005:
-        size = f"is as large as {one}"
-    percent, percent_error = 100 * (ratio - 1), f"{100 * error:.2f} %"
-    # two standard errors: one in twenty such sentences would be chance
-    if abs(ratio - 1) <= 2 * error:
-        quality = f"this text shows no difference in perplexity ({percent:+.2f} ± {percent_error})"
+    alike = first.row.model == second.row.model and first.row.type != second.row.type
+    names = (first.row.type, second.row.type) if alike else (one.model, other.model)
+    divergence = divergence_error = None
+    if one.divergence is not None and other.divergence is not None:
+        divergence, divergence_error = _paired(one.token_divergence, other.token_divergence)
+        decisive = abs(divergence) > _CERTAIN * divergence_error
+        second_is_better = divergence < 0
+        low, high = sorted((one.divergence.mean, other.divergence.mean))
+        gain = f"its KLD is {100 * (1 - low / high):.1f} % lower" if high else ""
+        figures = f"{low:.5f} against {high:.5f}, {abs(divergence):.5f} ± {divergence_error:.5f} less"
+        unclear, value = "KLD", f"{divergence:+.5f} ± {divergence_error:.5f}"
     else:
-        quality = f"its perplexity is {abs(percent):.2f} ± {percent_error} {'higher' if ratio > 1 else 'lower'}"
-    return Verdict(size_ratio, ratio, error, f"{other} {size}; {quality}.")
+        decisive = abs(difference) > _CERTAIN * error
+        second_is_better = difference < 0
+        # of the worse one's perplexity
+        share = math.exp(-abs(difference))
+        low, high = sorted((one.ppl, other.ppl))
+        gain = f"its perplexity is {100 * (1 - share):.2f} ± {100 * share * error:.2f} % lower"
+        figures = f"{low:.4f} against {high:.4f}"
+        unclear, value = "perplexity", f"{100 * (ratio - 1):+.2f} ± {100 * ratio * error:.2f} %"
+    if decisive:
+        better, worse = reversed(names) if second_is_better else names
+        size = _size(size_ratio if second_is_better else 1 / size_ratio)
+        sentence = f"{better} is better than {worse}: {gain} ({figures}), and it is {size}."
+    else:
+        shows = f"This text shows no difference in {unclear} between {names[0]} and {names[1]} ({value})"
+        sentence = f"{shows}; {names[1]} is {_size(size_ratio)}."
+    return Verdict(
+        better="" if not decisive else other.model if second_is_better else one.model,
+        size_ratio=size_ratio,
+        ppl_ratio=ratio,
+        ppl_ratio_error=ratio * error,
+        kld_difference=divergence,
+        kld_difference_error=divergence_error,
+        sentence=sentence,
+    )
+
+
+def _paired(first: NDArray[np.float64], second: NDArray[np.float64]) -> tuple[float, float]:
+    """The mean of the tokens' differences, and its standard error."""
+    differences = second - first
+    return float(differences.mean()), float(differences.std()) / math.sqrt(max(1, differences.size - 1))
+
+
+def _size(ratio: float) -> str:
+    """A size in words, by its ratio to the other."""
+    if abs(ratio - 1) < 0.0005:
+        return "as large"
+    return f"{100 * abs(ratio - 1):.1f} % {'smaller' if ratio < 1 else 'larger'}"

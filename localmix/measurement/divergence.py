@@ -392,4 +392,5 @@ def _against(found: Perplexity, reference: Perplexity, tally: Tally) -> Perplexi
         delta_ppl=found.ppl - reference.ppl,
         delta_error=float(differences.std()) / math.sqrt(max(1, differences.size - 1)),
         divergence=Divergence.of(tally.divergence, tally.same_top),
+        token_divergence=tally.divergence.ravel(),
     )

@@ -98,6 +98,7 @@ class Perplexity:
         speed: generation speed, if it was asked for.
         notes: sentences on what is unusual.
         token_nll: float64, negative log-likelihood of each scored token in the order of the text.
+        token_divergence: float64, Kullback-Leibler divergence from the reference at each of them; empty without one.
     """
 
     model: str
@@ -122,6 +123,7 @@ class Perplexity:
     speed: Speed | None = None
     notes: tuple[str, ...] = ()
     token_nll: NDArray[np.float64] = field(default_factory=lambda: np.empty(0), repr=False, compare=False)
+    token_divergence: NDArray[np.float64] = field(default_factory=lambda: np.empty(0), repr=False, compare=False)
 
 
 def measure(

@@ -111,8 +111,29 @@ def test_compare(fox: CommandLine) -> None:
     document = fox("compare", "fox:Q8_0", "fox:Q2_K", *MEASURE, "--json").json
     first, second = document["rows"]
     assert first["is_reference"] and second["divergence"]["mean"] > 0
-    assert document["verdict"]["ppl_ratio"] == pytest.approx(second["ppl"] / first["ppl"])
-    run = fox("compare", "fox:Q8_0", "fox:Q2_K", "--kld", "fox:BF16", *MEASURE)
+    verdict = document["verdict"]
+    assert verdict["ppl_ratio"] == pytest.approx(second["ppl"] / first["ppl"])
+    assert verdict["kld_difference"] is None
+    document = fox("compare", "fox:Q2_K", "fox:Q8_0", "--kld", "fox:BF16", *MEASURE, "--json").json
+    reference, first, second = document["rows"]
+    assert reference["is_reference"] and reference["type"] == "BF16"
+    verdict = document["verdict"]
+    assert verdict["kld_difference"] == pytest.approx(second["divergence"]["mean"] - first["divergence"]["mean"])
+    assert verdict["better"] == "fox-Q8_0.gguf"
+    run = fox("compare", "fox:Q2_K", "fox:Q8_0", "--kld", "fox:BF16", *MEASURE)
     assert "against fox-BF16.gguf" in run.out
-    assert run.out.splitlines()[-1].startswith("Q2_K is ") and "% smaller than Q8_0; " in run.out
-    assert "same file" in fox.fails("compare", "fox:Q8_0", "fox:Q8_0", "--corpus", "corpus.txt", expect=2)
+    assert run.out.splitlines()[-1] == verdict["sentence"]
+    assert verdict["sentence"].startswith("Q8_0 is better than Q2_K: its KLD is ")
+    assert verdict["sentence"].endswith(" % larger.")
+
+
+def test_compare_refuses(fox: CommandLine) -> None:
+    corpus = ("--corpus", "corpus.txt")
+    assert "same file" in fox.fails("compare", "fox:Q8_0", "fox:Q8_0", *corpus, expect=2)
+    assert "no file of type Q4_0" in fox.fails("compare", "fox:Q8_0", "fox:Q4_0", *corpus, expect=2)
+    assert "nothing.txt" in fox.fails("compare", "fox:Q8_0", "fox:Q2_K", "--corpus", "nothing.txt", expect=5)
+    assert "Missing argument" in fox("compare", "fox:Q8_0", *corpus, expect=2).err
+    assert "Missing option '--corpus'" in fox("compare", "fox:Q8_0", "fox:Q2_K", expect=2).err
+    broken = fox.folder / "broken.gguf"
+    broken.write_bytes((fox.home / "fox" / "fox-Q2_K.gguf").read_bytes()[:3000])
+    assert "broken.gguf" in fox.fails("compare", "fox:Q8_0", broken, *corpus, expect=3)

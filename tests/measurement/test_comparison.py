@@ -162,27 +162,84 @@ def test_averages_count_every_text_the_same() -> None:
     assert (model.divergence.mean, model.divergence.maximum) == (pytest.approx(0.1), 400)
 
 
-def measured(kind: str, size: int, nll: np.ndarray) -> Measured:
+def measured(kind: str, size: int, nll: np.ndarray, divergence: np.ndarray | None = None) -> Measured:
     ppl = math.exp(nll.mean())
     found = Perplexity(
         f"m-{kind}.gguf", "a", (), 8, 1, len(nll), ppl, 0.1, float(nll.mean()), (), 1, 1.0, 1.0, token_nll=nll
     )
+    if divergence is not None:
+        found = replace(
+            found,
+            token_divergence=divergence,
+            divergence=Divergence.of(divergence, np.ones(len(divergence), bool)),
+        )
     return Measured(QuantizationRow("m", kind, Path(kind), size, 8.0, ppl), found)
 
 
-def test_the_verdict() -> None:
+def test_the_verdict_by_perplexity() -> None:
     random = np.random.default_rng(2)
     nll = random.normal(2, 1, 10_000)
     worse = nll + random.normal(0.05, 0.1, len(nll))
     found = judge(measured("Q8_0", 1000, nll), measured("Q2_K", 400, worse))
-    assert found.size_ratio == 0.4
+    assert (found.better, found.size_ratio) == ("m-Q8_0.gguf", 0.4)
+    assert found.kld_difference is found.kld_difference_error is None
     assert found.ppl_ratio == pytest.approx(math.exp((worse - nll).mean()))
     assert found.ppl_ratio_error == pytest.approx(found.ppl_ratio * 0.001, rel=0.05)
-    percent, error = 100 * (found.ppl_ratio - 1), 100 * found.ppl_ratio_error
+    lower, low, high = 100 * (1 - 1 / found.ppl_ratio), math.exp(nll.mean()), math.exp(worse.mean())
+    error = 100 * found.ppl_ratio_error / found.ppl_ratio**2
     assert found.sentence == (
-        f"Q2_K is 60.0 % smaller than Q8_0; its perplexity is {percent:.2f} ± {error:.2f} % higher."
+        f"Q8_0 is better than Q2_K: its perplexity is {lower:.2f} ± {error:.2f} % lower"
+        f" ({low:.4f} against {high:.4f}), and it is 150.0 % larger."
     )
-    alike = judge(measured("Q8_0", 1000, nll), measured("Q6_K", 1000, nll + random.normal(0, 0.1, len(nll))))
-    assert alike.sentence.startswith("Q6_K is as large as Q8_0; this text shows no difference in perplexity (")
-    better = judge(measured("Q2_K", 400, worse), measured("Q8_0", 1000, nll)).sentence
-    assert "Q8_0 is 150.0 % larger than Q2_K; its perplexity is" in better and better.endswith("% lower.")
+    turned = judge(measured("Q2_K", 400, worse), measured("Q8_0", 1000, nll))
+    assert (turned.better, turned.sentence) == (found.better, found.sentence)
+    assert turned.ppl_ratio == pytest.approx(1 / found.ppl_ratio)
+    assert judge(measured("A", 999_900, worse), measured("B", 1_000_000, nll)).sentence.endswith("and it is as large.")
+
+
+def test_a_difference_within_its_error_is_none() -> None:
+    random = np.random.default_rng(3)
+    nll = random.normal(2, 1, 10_000)
+    noise = random.normal(0, 0.1, len(nll))
+    found = judge(measured("Q8_0", 1000, nll), measured("Q6_K", 800, nll + noise))
+    assert found.better == ""
+    assert found.sentence.startswith("This text shows no difference in perplexity between Q8_0 and Q6_K (")
+    assert found.sentence.endswith(" ± 0.10 %); Q6_K is 20.0 % smaller.")
+    # as many tokens, but their noise is not the same in both
+    one, other = random.gamma(1, 0.02, (2, len(nll)))
+    unclear = judge(measured("A", 10, nll, one), measured("B", 10, nll, other))
+    assert unclear.better == ""
+    assert unclear.sentence.startswith("This text shows no difference in KLD between A and B (")
+    assert unclear.sentence.endswith("); B is as large.")
+
+
+def test_the_verdict_by_divergence_from_a_third() -> None:
+    random = np.random.default_rng(4)
+    nll = random.normal(2, 1, 10_000)
+    near, more = random.gamma(1, 0.02, (2, len(nll)))
+    # the perplexities show nothing: what counts is how far each is from the model that both stand for
+    found = judge(measured("Q3_K_M", 1000, nll, near + more), measured("mix", 990, nll, near))
+    assert found.better == "m-mix.gguf"
+    assert found.kld_difference == pytest.approx(-more.mean())
+    assert found.kld_difference_error == pytest.approx(more.std() / math.sqrt(len(nll) - 1))
+    low, high = near.mean(), (near + more).mean()
+    assert found.sentence == (
+        f"mix is better than Q3_K_M: its KLD is {100 * (1 - low / high):.1f} % lower ({low:.5f} against {high:.5f},"
+        f" {more.mean():.5f} ± {found.kld_difference_error:.5f} less), and it is 1.0 % smaller."
+    )
+
+
+def test_two_files_of_one_type_are_told_apart_by_name() -> None:
+    nll = np.random.default_rng(5).normal(2, 1, 1000)
+    first, second = measured("Q4_K", 100, nll), measured("Q4_K", 100, nll + 0.1)
+    assert second.perplexity is not None
+    second = replace(second, perplexity=replace(second.perplexity, model="m-recipe.gguf"))
+    assert judge(first, second).sentence.startswith("m-Q4_K.gguf is better than m-recipe.gguf: its perplexity is 9.52")
+
+
+def test_tokens_carry_their_divergence(models: dict[str, Path], corpus: Corpus) -> None:
+    pair = list(compare([look_at(models["two"])], corpus, CONDITIONS, False, look_at(models["one"])))
+    (found,) = (one.perplexity for one in pair if one.perplexity and one.perplexity.divergence)
+    assert found.divergence is not None
+    assert len(found.token_divergence) == found.tokens
+    assert found.divergence.mean == pytest.approx(found.token_divergence.mean())

@@ -7,17 +7,24 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 INVALID, PERMISSION, SERVER = "invalid_request_error", "permission_error", "server_error"
 CONTEXT_EXCEEDED = "context_length_exceeded"
-# llama-server names the field in words: "Field 'temperature': ...", "'messages' is required"
-_QUOTED_FIELD = re.compile(r"""['"]([a-z][a-z0-9_]*)['"]""")
+PROMPT_FIELDS = ("messages", "prompt", "input", "content")
+RETRY_SECONDS = 2  # what a client is told to wait for an engine that loads
+# llama-server names the field in words: "Field 'stop': ...", "'messages' is required", "Failed to parse tools: ..."
+_QUOTED_FIELD = re.compile(r"""['"]([a-z][a-z0-9_]*)['"]|Failed to parse (messages|tools)\b""")
 # nlohmann's exceptions, which llama-server passes on as errors of its own
 _JSON_EXCEPTION = re.compile(r"\[json\.exception\.[^\]]*\] ?")
 # of an embedding, whose text has to fit into one batch
 _TOO_LARGE = re.compile(r"input \(\d+ tokens\) is too large to process")
+# What goes wrong while it works. All else that llama-server calls its own error was thrown while it read the request.
+_OWN_FAULT = re.compile(
+    r"got exception|(pre_|post_)?decode\(\) failed|Compute error|Context size has been exceeded|Invalid input batch"
+    r"|context shift|failed to|std::bad_alloc|unknown error|the current context does not"
+)
 
 
 class ApiError(Exception):
@@ -71,8 +78,12 @@ class ApiError(Exception):
         return b"\n\n" + name + b"data: " + self.body() + b"\n\n"
 
 
-def engine_error(status: int, body: bytes) -> ApiError:
-    """llama-server's error in OpenAI's shape: with the field, and 400 where it blames itself for the request."""
+def engine_error(status: int, body: bytes, asked: Collection[str] = ()) -> ApiError:
+    """llama-server's error in OpenAI's shape: with the field, and 400 where it blames itself for the request.
+
+    Args:
+        asked: the fields of the request.
+    """
     try:
         told = json.loads(body)["error"]
         message = str(told["message"])
@@ -80,12 +91,16 @@ def engine_error(status: int, body: bytes) -> ApiError:
         return ApiError(502, "The engine gave an answer that is no JSON.", SERVER, code="engine_error")
     if told.get("type") == "exceed_context_size_error" or _TOO_LARGE.match(message):
         numbers = {name: told[name] for name in ("n_prompt_tokens", "n_ctx") if name in told}
-        return ApiError(400, message, code=CONTEXT_EXCEEDED, details=numbers)
-    from_json = _JSON_EXCEPTION.search(message) is not None
-    message = _JSON_EXCEPTION.sub("", message)
-    field = _QUOTED_FIELD.search(message)
-    if status == 501:
+        prompt = next((name for name in PROMPT_FIELDS if name in asked), "")
+        return ApiError(400, message, code=CONTEXT_EXCEEDED, param=prompt, details=numbers)
+    if status == 503:
+        return ApiError(503, message, SERVER, code="engine_loading", retry_after=RETRY_SECONDS)
+    if status == 500 and _OWN_FAULT.match(message):
+        return ApiError(500, message, SERVER, code="engine_error")
+    if status == 501:  # a client would try again what is told to be the server's fault
         return ApiError(400, message, code="unsupported")
-    if status < 500 or from_json:
-        return ApiError(400 if from_json else status, message, param=field[1] if field else "")
-    return ApiError(status, message, SERVER, code="engine_error")
+    fields = [quoted or parsed for quoted, parsed in _QUOTED_FIELD.findall(message)]
+    missing = "is required" in message or "not found" in message
+    param = next((name for name in fields if name in asked or missing), "")
+    plain = _JSON_EXCEPTION.sub("", message)
+    return ApiError(status if status < 500 else 400, f"{plain[:1].upper()}{plain[1:]}", param=param)

@@ -15,7 +15,7 @@ from localmix.serving.api_errors import INVALID, SERVER, ApiError
 
 HEADER_BYTES, HEADERS = 16384, 100
 # how long what a refused client still sends is read and dropped, so that it reads why
-LINGER_SECONDS = 2.0
+LINGER_SECONDS = 1.0
 # what the kernel holds for a client that does not read: a stream shows soon that nobody follows it
 SEND_BUFFER_BYTES = 65536
 # above what the gateway writes before it looks how much is left, so that no write of aiohttp's waits for ever

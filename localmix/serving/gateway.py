@@ -13,7 +13,7 @@ import contextlib
 import json
 import time
 import zlib
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Protocol
@@ -24,7 +24,7 @@ from aiohttp import web
 
 from localmix.errors import UsageError
 from localmix.serving import routes
-from localmix.serving.api_errors import CONTEXT_EXCEEDED, PERMISSION, SERVER, ApiError, engine_error
+from localmix.serving.api_errors import PERMISSION, RETRY_SECONDS, SERVER, ApiError, engine_error
 from localmix.serving.connection import Connection, error_response, socket_address
 from localmix.serving.model_names import find_named
 from localmix.serving.policy import Policy, allowed_cors_headers
@@ -32,7 +32,6 @@ from localmix.serving.policy import Policy, allowed_cors_headers
 EngineState = Literal["loading", "ready", "restarting", "failed"]
 End = Literal["done", "client left", "client stalled", "engine lost", "cut"]
 
-RETRY_SECONDS = 2  # what a client is told to wait for an engine that loads
 CONNECT_SECONDS = 5.0
 STOP_SECONDS = 2.0
 # more than this unsent, and the engine has to wait for the client
@@ -41,7 +40,6 @@ LOOK_SECONDS = 0.25  # how often it is looked at meanwhile
 NESTING = 64  # deeper JSON means no request; llama-server walks it by recursion
 LOGGED_PATH = 200
 ENGINE_LOST = "engine_unavailable"
-PROMPT_FIELDS = ("messages", "prompt", "input", "content", "documents")
 PASSED_HEADERS = ("Content-Type", "Content-Encoding", "Cache-Control", "ETag", "X-Accel-Buffering")
 PAGE_HEADERS = ("Cross-Origin-Embedder-Policy", "Cross-Origin-Opener-Policy")
 # The page's own scripts and styles, and nothing of anybody else's: a reply that smuggles an image or a script into
@@ -410,7 +408,7 @@ class Gateway:
             if reply.status >= 400:
                 raise ApiError(404, f"There is no GET {call.path[:LOGGED_PATH]} here.", code="not_found")
             headers = {name: reply.headers[name] for name in (*PASSED_HEADERS, *PAGE_HEADERS) if name in reply.headers}
-        if "gzip" in headers.get("Content-Encoding", "") and not _takes_gzip(call.request.headers):
+        if body and "gzip" in headers.get("Content-Encoding", "") and not _takes_gzip(call.request.headers):
             body = zlib.decompress(body, zlib.MAX_WBITS | 16)
             del headers["Content-Encoding"]
         headers |= {"Content-Security-Policy": CONTENT_SECURITY, "Vary": "Accept-Encoding, Origin"}
@@ -423,25 +421,25 @@ class Gateway:
         model = asked.get("model")
         if not isinstance(model, str | None):
             raise ApiError(400, "`model` has to be a name.", param="model")
+        if not isinstance(asked.get("messages", []), list):  # /v1/messages takes anything for none
+            raise ApiError(400, "`messages` has to be a list.", param="messages")
         engine = self._find_engine(model)
         call.model = engine.name
         try:
-            return await self._carry(call, engine, body)
+            return await self._carry(call, engine, body, asked)
         except ApiError as error:
             if error.code == ENGINE_LOST:
                 call.end = "engine lost"
-            if error.code == CONTEXT_EXCEEDED:
-                error.param = next((name for name in PROMPT_FIELDS if name in asked), "")
             raise
 
-    async def _carry(self, call: _Call, engine: Engine, body: bytes) -> web.StreamResponse:
+    async def _carry(self, call: _Call, engine: Engine, body: bytes, asked: Collection[str]) -> web.StreamResponse:
         headers = {"Content-Type": "application/json"}
         async with self._request(engine, "POST", call.path, data=body, headers=headers) as reply:
             if reply.status == 200 and reply.content_type == "text/event-stream":
                 return await self._stream(call, reply)
             text = await reply.read()
             if reply.status >= 400:
-                raise engine_error(reply.status, text)
+                raise engine_error(reply.status, text, asked)
             kept = {name: reply.headers[name] for name in PASSED_HEADERS if name in reply.headers}
             return web.Response(status=reply.status, body=text, headers={**kept, "Cache-Control": "no-store"})
 

@@ -1,0 +1,504 @@
+"""The gateway before a real llama-server with TinyMix, over real sockets."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from localmix.serving.policy import Policy
+from tests.gateways import (
+    ENDLESS,
+    Front,
+    Server,
+    events,
+    post,
+    read_all,
+    running_gateway,
+    running_server,
+    tinymix_q8_0,
+)
+
+__all__ = ["tinymix_q8_0"]
+pytestmark = pytest.mark.upstream
+
+MODEL = "tinymix:Q8_0"
+KEY = "k3y-öf-the-tests"
+CHAT = {"messages": [{"role": "user", "content": "Where is Pausa's house?"}], "max_tokens": 12, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def server(upstream: Path, tinymix_q8_0: Path) -> Iterator[Server]:
+    with running_server(upstream, tinymix_q8_0, MODEL) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def front(server: Server) -> Iterator[Front]:
+    with running_gateway([server], Policy(port=0, body_limit_bytes=100_000)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def guarded(server: Server) -> Iterator[Front]:
+    """With a key, another name, and another origin."""
+    policy = Policy(
+        port=0,
+        api_key=KEY,
+        allowed_hosts=frozenset({"models.example"}),
+        cors_origins=frozenset({"https://chat.example"}),
+    )
+    with running_gateway([server], policy) as running:
+        yield running
+
+
+# ------- what it is there for
+
+
+def test_a_chat_is_answered_whole_and_as_a_stream(front: Front) -> None:
+    whole = front.ask("POST", "/v1/chat/completions", CHAT)
+    assert whole.status == 200 and whole.json["model"] == MODEL
+    text = whole.json["choices"][0]["message"]["content"]
+    assert text.strip()
+
+    streamed = front.ask("POST", "/v1/chat/completions", {**CHAT, "stream": True, "model": MODEL})
+    assert streamed.headers["Content-Type"] == "text/event-stream"
+    *parts, done = events(streamed.body)
+    assert done == "[DONE]"
+    assert "".join(part["choices"][0]["delta"].get("content") or "" for part in parts) == text
+
+
+def test_every_token_comes_when_it_is_made(front: Front) -> None:
+    with front.begin_stream(ENDLESS) as client:
+        pieces = [client.recv(65536) for _ in range(40)]
+    # an event in each piece, not ten events in every tenth
+    assert sum(piece.count(b"data: ") for piece in pieces) < 2 * len(pieces)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "key"),
+    [
+        ("/v1/completions", {"prompt": "a", "max_tokens": 1}, "choices"),
+        ("/completion", {"prompt": "a", "n_predict": 1}, "content"),
+        ("/v1/messages", {"messages": CHAT["messages"], "max_tokens": 1}, "content"),
+        ("/v1/responses", {"input": "a", "max_output_tokens": 1}, "output"),
+        ("/tokenize", {"content": "a b"}, "tokens"),
+        ("/detokenize", {"tokens": [5]}, "content"),
+        ("/apply-template", {"messages": CHAT["messages"]}, "prompt"),
+        ("/v1/messages/count_tokens", {"messages": CHAT["messages"]}, "input_tokens"),
+    ],
+)
+def test_the_api_is_open(front: Front, path: str, body: Any, key: str) -> None:
+    answer = front.ask("POST", path, body)
+    assert answer.status == 200 and key in answer.json
+
+
+def test_models_are_listed_and_found(front: Front, server: Server) -> None:
+    listed = front.ask("GET", "/v1/models").json
+    assert listed["object"] == "list" and [entry["id"] for entry in listed["data"]] == [MODEL]
+    assert listed["data"][0]["meta"]["n_ctx_train"] == 1024
+    assert front.ask("GET", "/v1/models/tinymix").json == listed["data"][0]
+    assert front.ask("GET", "/v1/models/tinymix%3AQ8_0").json["id"] == MODEL
+    assert front.ask("GET", "/v1/models/gpt-4").error["code"] == "model_not_found"
+
+
+def test_requests_go_to_the_model_they_name(upstream: Path, server: Server, random_model: Path) -> None:
+    with (
+        running_server(upstream, random_model, "random:F32") as other,
+        running_gateway([server, other], Policy(port=0)) as front,
+    ):
+        for asked, expected in ((None, MODEL), ("random", "random:F32"), ("tinymix-q8_0.gguf", MODEL)):
+            answer = front.ask("POST", "/v1/completions", {"prompt": "a", "max_tokens": 1, "model": asked})
+            assert answer.json["model"] == expected
+        assert {entry["id"] for entry in front.ask("GET", "/v1/models").json["data"]} == {MODEL, "random:F32"}
+        assert front.ask("GET", "/props?model=random").json["model_alias"] == "random:F32"
+
+        other.state = "restarting"
+        answer = front.ask("POST", "/v1/completions", {"prompt": "a", "model": "random"})
+        assert answer.status == 503 and answer.headers["Retry-After"] and answer.error["code"] == "engine_restarting"
+        assert front.ask("GET", "/health").json == {"status": "restarting"}
+        statuses = {entry["id"]: entry["status"] for entry in front.ask("GET", "/v1/models").json["data"]}
+        assert statuses == {MODEL: "ready", "random:F32": "restarting"}
+        assert front.ask("POST", "/v1/completions", {"prompt": "a", "max_tokens": 1}).status == 200
+        other.state = "failed"
+        answer = front.ask("POST", "/v1/completions", {"prompt": "a", "model": "random"})
+        assert answer.error["code"] == "engine_failed" and "Retry-After" not in answer.headers
+
+
+# ------- who may ask
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", 200),
+        ("LOCALHOST:8080", 200),
+        ("127.0.0.1:1", 200),
+        ("[::1]:8080", 200),
+        ("models.example", 200),
+        ("models.example.:80", 200),
+        ("evil.example", 403),
+        ("localhost.evil.example", 403),
+        ("evil.example:8080@localhost", 403),
+        ("127.0.0.2", 403),
+        ("0x7f.1", 403),
+        ("localhost:port", 403),
+        ("localhost/", 403),
+        ("", 403),
+    ],
+)
+def test_foreign_names_are_refused(guarded: Front, host: str, status: int) -> None:
+    answer = guarded.ask("GET", "/health", headers={"Host": host})
+    assert answer.status == status
+    assert status == 200 or answer.error["code"] == "host_not_allowed"
+
+
+@pytest.mark.parametrize("head", [b"", b"Host: localhost\r\nHost: evil.example\r\n"])
+def test_a_request_has_one_name(front: Front, head: bytes) -> None:
+    raw = front.send(b"GET /health HTTP/1.1\r\n" + head + b"Connection: close\r\n\r\n")
+    assert b" 400 " in raw.partition(b"\r\n")[0]
+
+
+@pytest.mark.parametrize(
+    ("headers", "status", "allowed"),
+    [
+        ({"Origin": "http://localhost:1234", "Host": "localhost:1234"}, 200, None),
+        ({"Origin": "https://models.example", "Host": "models.example"}, 200, None),
+        ({"Origin": "https://chat.example"}, 200, "https://chat.example"),
+        ({"Origin": "http://chat.example"}, 403, None),
+        ({"Origin": "https://chat.example.evil.example"}, 403, None),
+        ({"Origin": "http://localhost:1235", "Host": "localhost:1234"}, 403, None),
+        ({"Origin": "null"}, 403, None),
+        ({"Origin": ""}, 403, None),
+        ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}, 403, None),
+        ({"Sec-Fetch-Site": "same-site"}, 403, None),
+        ({"Sec-Fetch-Site": "same-origin"}, 200, None),
+    ],
+)
+def test_foreign_pages_are_refused(guarded: Front, headers: dict[str, str], status: int, allowed: str | None) -> None:
+    answer = guarded.ask("GET", "/v1/models", headers={"x-api-key": KEY.encode().decode("latin-1"), **headers})
+    assert answer.status == status
+    assert answer.headers.get("Access-Control-Allow-Origin") == allowed
+    assert status == 200 or answer.error["code"] == "origin_not_allowed"
+
+
+def test_cors_headers_come_with_streams_and_errors_too(guarded: Front) -> None:
+    headers = {"Origin": "https://chat.example", "Authorization": f"Bearer {KEY}".encode().decode("latin-1")}
+    stream = guarded.ask("POST", "/v1/completions", {"prompt": "a", "max_tokens": 2, "stream": True}, headers)
+    refused = guarded.ask("POST", "/v1/completions", {"prompt": "a", "model": "none"}, headers)
+    assert (stream.status, refused.status) == (200, 404)
+    for answer in (stream, refused):
+        assert answer.headers.get_all("Access-Control-Allow-Origin") == ["https://chat.example"]  # type: ignore[attr-defined]
+        assert "Origin" in answer.headers["Vary"]
+
+
+def test_preflights_are_answered_here(guarded: Front) -> None:
+    asked = {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "Authorization, x-stainless-os, cookie",
+    }
+    answer = guarded.ask("OPTIONS", "/v1/chat/completions", headers={"Origin": "https://chat.example", **asked})
+    assert answer.status == 204 and answer.headers["Access-Control-Allow-Origin"] == "https://chat.example"
+    assert answer.headers["Access-Control-Allow-Methods"] == "OPTIONS, POST"
+    assert answer.headers["Access-Control-Allow-Headers"] == "authorization, x-stainless-os"
+    assert "Access-Control-Allow-Credentials" not in answer.headers
+    assert guarded.ask("OPTIONS", "/v1/models", headers={"Origin": "https://evil.example", **asked}).status == 403
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "status"),
+    [
+        ("/v1/models", {}, 401),
+        ("/v1/models", {"Authorization": "Bearer wrong"}, 401),
+        ("/v1/models", {"Authorization": f"Basic {KEY}"}, 401),
+        ("/v1/models", {"Authorization": "Bearer "}, 401),
+        ("/v1/models", {"x-api-key": KEY[:-1]}, 401),
+        ("/v1/models", {"x-api-key": KEY}, 200),
+        ("/v1/models", {"Authorization": f"bearer {KEY}"}, 200),
+        ("/props", {}, 401),
+        ("/slots", {}, 401),
+        ("/nothing", {}, 401),
+        ("/health", {}, 200),
+        ("/", {}, 200),
+        ("/_app/version.json", {}, 200),
+    ],
+)
+def test_only_the_page_and_health_need_no_key(guarded: Front, path: str, headers: dict[str, str], status: int) -> None:
+    sent = {name: value.encode().decode("latin-1") for name, value in headers.items()}
+    answer = guarded.ask("GET", path, headers=sent)
+    assert answer.status == status
+    if status == 401:
+        assert answer.error["code"] == "invalid_api_key" and answer.headers["WWW-Authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/slots", 403, "endpoint_closed"),
+        ("POST", "/slots/0?action=erase", 403, "endpoint_closed"),
+        ("GET", "/metrics", 403, "endpoint_closed"),
+        ("GET", "/lora-adapters", 403, "endpoint_closed"),
+        ("POST", "/lora-adapters", 403, "endpoint_closed"),
+        ("GET", "/tools", 403, "endpoint_closed"),
+        ("GET", "/cors-proxy?url=http://localhost", 403, "endpoint_closed"),
+        ("POST", "/models/load", 403, "endpoint_closed"),
+        ("POST", "/props", 405, "method_not_allowed"),
+        ("GET", "/v1/chat/completions", 405, "method_not_allowed"),
+        ("DELETE", "/v1/models", 405, "method_not_allowed"),
+        ("PATCH", "/v1/completions", 405, "method_not_allowed"),
+        ("GET", "/v1/nothing", 404, "not_found"),
+        ("GET", "//slots", 404, "not_found"),
+        ("GET", "/%73lots", 404, "not_found"),
+        ("GET", "/v1/../slots", 404, "not_found"),
+        ("GET", "/_app/../slots", 404, "not_found"),
+        ("GET", "/nothing.js", 404, "not_found"),
+        ("GET", "/v1/stream?conv_id=x", 404, "not_found"),
+    ],
+)
+def test_what_is_closed_stays_closed(front: Front, method: str, path: str, status: int, code: str) -> None:
+    answer = front.ask(method, path, {} if method == "POST" else None)
+    assert answer.status == status and answer.error["code"] == code
+    assert status != 405 or "OPTIONS" in answer.headers["Allow"]
+
+
+def test_streams_are_not_kept_for_later(front: Front) -> None:
+    answer = front.ask("POST", "/v1/streams/lookup", {"conversation_ids": ["x"]})
+    assert answer.status == 200 and answer.json == []
+    assert front.ask("DELETE", "/v1/stream?conv_id=x").status == 204
+
+
+def test_props_say_nothing_of_the_file_system(front: Front, tinymix_q8_0: Path) -> None:
+    answer = front.ask("GET", "/props")
+    assert answer.json["model_path"] == tinymix_q8_0.name and str(tinymix_q8_0.parent) not in answer.body.decode()
+    assert answer.json["endpoint_slots"] is False
+
+
+# ------- bad input
+
+
+def test_a_body_over_the_limit_is_refused_before_it_is_read(front: Front) -> None:
+    with front.open() as client:
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100001\r\n\r\n")
+        assert client.recv(65536).startswith(b"HTTP/1.1 413")
+    answer = front.ask("POST", "/v1/completions", {"prompt": "a" * 100_000})
+    assert answer.status == 413 and answer.error["code"] == "request_too_large"
+
+
+def test_a_body_in_chunks_is_counted(front: Front) -> None:
+    chunk = b"2710\r\n" + b" " * 10_000 + b"\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with front.open() as client:
+        client.sendall(head + chunk * 11)
+        assert client.recv(65536).startswith(b"HTTP/1.1 413")
+    fine = b"26\r\n" + b'{"prompt": "a", "max_tokens": 1}      ' + b"\r\n0\r\n\r\n"
+    with front.open() as client:
+        client.sendall(head + fine)
+        assert client.recv(65536).startswith(b"HTTP/1.1 200")
+
+
+def test_a_client_that_waits_for_a_nod_gets_one(front: Front) -> None:
+    head, _, body = post("/v1/completions", {"prompt": "a", "max_tokens": 1}, "Expect: 100-continue").partition(
+        b"\r\n\r\n"
+    )
+    with front.open() as client:
+        client.sendall(head + b"\r\n\r\n")
+        assert client.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        client.sendall(body)
+        assert client.recv(65536).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{bad",
+        b'{"prompt": NaN}',
+        b'{"prompt": "\xff"}',
+        b"[]",
+        b'"text"',
+        b"null",
+        b'{"prompt": ' + b"[" * 100_0 + b"]" * 100_0 + b"}",
+        b'{"prompt": ' + b"[" * 40_000 + b"]" * 40_000 + b"}",
+        b'{"a": ' + b"9" * 50_000 + b"}",
+    ],
+)
+def test_broken_json_is_told(front: Front, body: bytes) -> None:
+    answer = front.ask("POST", "/v1/completions", body)
+    assert answer.status == 400 and answer.error["code"] == "invalid_json"
+    assert answer.error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "param"),
+    [
+        ("/v1/chat/completions", {"temperature": "hot"}, "temperature"),
+        ("/v1/chat/completions", {"max_tokens": "many"}, "max_tokens"),
+        ("/v1/chat/completions", {"max_tokens": 1e30}, "max_tokens"),
+        ("/v1/chat/completions", {"n": 99}, "n"),
+        ("/v1/chat/completions", {"messages": "hello"}, "messages"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages"),
+        ("/v1/chat/completions", {"tools": 5}, "tools"),
+        ("/v1/chat/completions", {"model": 5}, "model"),
+        ("/v1/chat/completions", {"grammar": "root ::= root"}, None),
+        ("/v1/completions", {}, "prompt"),
+        ("/v1/completions", {"prompt": 5}, "prompt"),
+        ("/v1/completions", {"prompt": "\ud800"}, None),
+        ("/v1/messages", {"messages": None}, "messages"),
+        ("/v1/responses", {}, "input"),
+        ("/detokenize", {"tokens": [-5]}, None),
+        ("/tokenize", {"content": 5}, None),
+        ("/v1/embeddings", {"input": "a"}, None),
+    ],
+)
+def test_wrong_types_are_told_with_their_field(front: Front, path: str, change: Any, param: str | None) -> None:
+    answer = front.ask("POST", path, {**(CHAT if "chat" in path else {}), **change})
+    assert answer.status == 400, answer.body
+    assert answer.error["param"] == param and answer.error["type"] == "invalid_request_error"
+    assert "json.exception" not in answer.error["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_above_the_context_is_told(front: Front, stream: bool) -> None:
+    messages = [{"role": "user", "content": "word " * 3000}]
+    answer = front.ask("POST", "/v1/chat/completions", {"messages": messages, "stream": stream})
+    assert answer.status == 400
+    assert answer.error["code"] == "context_length_exceeded" and answer.error["param"] == "messages"
+    assert answer.error["n_ctx"] == 512 < answer.error["n_prompt_tokens"]
+
+
+def test_an_unknown_model_is_told(front: Front) -> None:
+    answer = front.ask("POST", "/v1/completions", {"prompt": "a", "model": "gpt-4"})
+    assert answer.status == 404
+    assert (answer.error["code"], answer.error["param"]) == ("model_not_found", "model")
+    assert MODEL in answer.error["message"]
+
+
+@pytest.mark.parametrize("header", ["Content-Encoding: gzip", "Content-Type: multipart/form-data; boundary=x"])
+def test_other_encodings_are_refused(front: Front, header: str) -> None:
+    raw = front.send(post("/v1/completions", {"prompt": "a"}, header, "Connection: close"))
+    assert raw.startswith(b"HTTP/1.1 415")
+
+
+# ------- HTTP itself
+
+
+def test_a_connection_serves_many_requests_and_those_sent_ahead_in_order(front: Front) -> None:
+    one = post("/tokenize", {"content": "one"})
+    bad = post("/v1/nothing", {})
+    last = post("/tokenize", {"content": "one two three"}, "Connection: close")
+    raw = front.send(one + bad + one + last)
+    statuses = [int(part[:3]) for part in raw.split(b"HTTP/1.1 ")[1:]]
+    assert statuses == [200, 404, 200, 200]
+    counts = [found.count(b",") for found in re.findall(rb'"tokens":\[[^]]*', raw)]
+    assert counts[:2] == [0, 0] and counts[2] > 0
+
+
+SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "framing",
+    [
+        b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"Transfer-Encoding: chunked\r\nContent-Length: 4\r\n\r\n0\r\n\r\n",
+        b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
+        b"Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n",
+        b"Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n",
+        b"Transfer-Encoding:\x0bchunked\r\n\r\n0\r\n\r\n",
+        b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"Content-Length: 0\r\nContent-Length: 5\r\n\r\n",
+        b"Content-Length: +0\r\n\r\n",
+        b"Content-Length: 0x0\r\n\r\n",
+        b"Content-Length: 0, 0\r\n\r\n",
+        b"Transfer-Encoding: chunked\r\n\r\n0\n\n",
+        b"Transfer-Encoding: chunked\r\n\r\n-1\r\n\r\n",
+        b"Transfer-Encoding: chunked\r\n\r\n0x0\r\n\r\n",
+        b"X: a\rGET\r\n\r\n",
+        b"X: a\nContent-Length: 0\r\n\r\n",
+        b" X: folded\r\n\r\n",
+        b"X\0: a\r\n\r\n",
+    ],
+)
+def test_nothing_is_smuggled(front: Front, framing: bytes) -> None:
+    before = len(front.records)
+    raw = front.send(b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\n" + framing + SMUGGLED)
+    assert b" 400 " in raw.partition(b"\r\n")[0], raw
+    assert raw.count(b"HTTP/1.") == 1, raw
+    assert all(record.path != "/smuggled" for record in front.records[before:])
+
+
+@pytest.mark.parametrize(
+    ("raw", "status"),
+    [
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 20_000 + b"\r\n\r\n", 431),
+        (b"GET /" + b"a" * 20_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", 431),
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + b"X: a\r\n" * 200 + b"\r\n", 431),
+        (b"nonsense\r\n\r\n", 400),
+        (b"\x16\x03\x01\x02\x00\x01\x00", 400),
+        (b"GET http://localhost/health HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+        (b"CONNECT evil.example:80 HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
+    ],
+)
+def test_heads_that_are_no_heads(front: Front, raw: bytes, status: int) -> None:
+    answer = front.send(raw)
+    assert answer.partition(b"\r\n")[0].split()[1] == str(status).encode(), answer
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"]
+
+
+def test_a_client_too_many_is_told(server: Server) -> None:
+    with running_gateway([server], Policy(port=0, connections=2)) as front:
+        with front.open() as one, front.open() as two:
+            for client in (one, two):
+                client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                assert client.recv(65536).startswith(b"HTTP/1.1 200")
+            with front.open() as three:
+                refused = read_all(three)
+            assert refused.startswith(b"HTTP/1.1 503") and b"Retry-After: 1" in refused
+        deadline = time.monotonic() + 5
+        while front.ask("GET", "/health").status != 200:
+            assert time.monotonic() < deadline
+
+
+# ------- the page
+
+
+def test_the_page_comes_with_a_policy_and_in_both_encodings(front: Front) -> None:
+    plain = front.ask("GET", "/")
+    if plain.status == 404:
+        pytest.skip("llama-server was built without its page")
+    assert b"<!doctype html" in plain.body.lower() and "Content-Encoding" not in plain.headers
+    policy = plain.headers["Content-Security-Policy"]
+    assert "default-src 'self'" in policy and "frame-ancestors 'none'" in policy
+    assert plain.headers["X-Content-Type-Options"] == "nosniff"
+    assert "Access-Control-Allow-Origin" not in plain.headers and plain.headers["Server"] == "localmix"
+
+    packed = front.ask("GET", "/", headers={"Accept-Encoding": "br, gzip"})
+    assert packed.headers["Content-Encoding"] == "gzip" and len(packed.body) < len(plain.body)
+    assert front.ask("GET", "/", headers={"If-None-Match": plain.headers["ETag"]}).status == 304
+    head = front.ask("HEAD", "/")
+    assert head.status == 200 and head.body == b"" and int(head.headers["Content-Length"]) == len(plain.body)
+
+
+# ------- the log
+
+
+def test_the_log_tells_what_was_done_and_nothing_that_was_said(guarded: Front) -> None:
+    guarded.records.clear()
+    headers = {"Authorization": f"Bearer {KEY}".encode().decode("latin-1")}
+    body = {"prompt": "a secret prompt", "max_tokens": 3, "stream": True}
+    answer = guarded.ask("POST", "/v1/completions?key=hidden", body, headers)
+    guarded.ask("GET", "/v1/models")
+    done, refused = guarded.records
+    assert (done.method, done.path, done.status, done.model, done.end) == (
+        "POST", "/v1/completions", 200, MODEL, "done",
+    )  # fmt: skip
+    assert done.bytes_in == len(json.dumps(body)) and done.bytes_out == len(answer.body) and done.milliseconds > 0
+    assert done.client == "127.0.0.1" and (refused.status, refused.model) == (401, "")
+    written = repr(guarded.records) + repr(guarded.gateway._policy)
+    assert "secret" not in written and "hidden" not in written and KEY not in written

@@ -11,13 +11,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import time
 import zlib
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NoReturn, Protocol
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 import aiohttp
 from aiohttp import web
@@ -26,6 +28,7 @@ from localmix.errors import UsageError
 from localmix.serving import routes
 from localmix.serving.api_errors import PERMISSION, RETRY_SECONDS, SERVER, ApiError, engine_error
 from localmix.serving.connection import Connection, error_response, socket_address
+from localmix.serving.conversations import Conversations
 from localmix.serving.model_names import find_named
 from localmix.serving.policy import Policy, allowed_cors_headers
 
@@ -40,6 +43,8 @@ LOOK_SECONDS = 0.25  # how often it is looked at meanwhile
 NESTING = 64  # deeper JSON means no request; llama-server walks it by recursion
 LOGGED_PATH = 200
 ENGINE_LOST = "engine_unavailable"
+CONVERSATION = "X-Conversation-Id"
+KEPT_SECONDS = 30.0  # how long a reply goes on when its page is gone
 PASSED_HEADERS = ("Content-Type", "Content-Encoding", "Cache-Control", "ETag", "X-Accel-Buffering")
 PAGE_HEADERS = ("Cross-Origin-Embedder-Policy", "Cross-Origin-Opener-Policy")
 # The page's own scripts and styles, and nothing of anybody else's: a reply that smuggles an image or a script into
@@ -56,6 +61,8 @@ SECURITY_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Frame-Options": "DENY",
 }
+
+_NAME = re.compile(r"[!-~]{8,256}")  # of a conversation
 
 
 @dataclass(frozen=True)
@@ -117,6 +124,7 @@ class _Call:
     request: web.BaseRequest
     path: str
     cors: dict[str, str] = field(default_factory=dict)
+    from_page: bool = False
     model: str = ""
     status: int = 0
     bytes_in: int = 0
@@ -144,6 +152,7 @@ class Gateway:
         self._listener: asyncio.Server | None = None
         self._server: web.Server | None = None
         self._running: set[asyncio.Task[Any]] = set()
+        self._conversations = Conversations[Engine](self._stop_conversation, KEPT_SECONDS)
         self._sessions: dict[EngineAddress, aiohttp.ClientSession] = {}
         self._ending = False
         self._cutting = False
@@ -193,6 +202,7 @@ class Gateway:
         await self.drain(0)
         if self._server is not None:
             await self._server.shutdown(STOP_SECONDS)
+        self._conversations.close()
         for session in self._sessions.values():
             await session.close()
         self._sessions.clear()
@@ -300,11 +310,8 @@ class Gateway:
         if place == "props":
             return _json(await self._props(call))
         if place == "lookup":
-            await self._read_object(call)
-            return _json([])
-        if call.request.method == "DELETE":
-            return web.Response(status=204)
-        raise ApiError(404, "A stream ends with its client here, and cannot be taken up again.", code="not_found")
+            return _json(await self._look_up(call))
+        return await self._take_up(call)
 
     def _judge_source(self, call: _Call, place: routes.Place) -> None:
         """Refuse what came under a foreign name or from a foreign page, and note what CORS allows."""
@@ -322,6 +329,7 @@ class Gateway:
             )
         origins = headers.getall("Origin", [])
         if origins and all(self._policy.is_own_page(origin, hosts[0]) for origin in origins):
+            call.from_page = True
             return
         if len(origins) == 1 and self._policy.allows_origin(origins[0]):
             call.cors = {"Access-Control-Allow-Origin": origins[0], "Vary": "Origin"}
@@ -331,8 +339,7 @@ class Gateway:
         if origins or (site not in ("none", "same-origin") and place != "page"):
             raise ApiError(
                 403,
-                "Pages of other origins may not use this server. Start localmix with `--cors-origin ORIGIN` to let"
-                " one in.",
+                "Pages of other origins may not use this server. Start localmix with `--cors ORIGIN` to let one in.",
                 PERMISSION,
                 code="origin_not_allowed",
             )
@@ -425,15 +432,31 @@ class Gateway:
             raise ApiError(400, "`messages` has to be a list.", param="messages")
         engine = self._find_engine(model)
         call.model = engine.name
+        conversation = call.request.headers.get(CONVERSATION, "")
+        if not call.from_page or asked.get("stream") is not True or not _NAME.fullmatch(conversation):
+            conversation = ""
         try:
-            return await self._carry(call, engine, body, asked)
+            if not conversation:
+                return await self._carry(call, engine, body, asked)
+            self._conversations.join(conversation, engine)
+            try:
+                return await self._carry(call, engine, body, asked, {CONVERSATION: conversation})
+            finally:
+                self._conversations.leave(conversation)
         except ApiError as error:
             if error.code == ENGINE_LOST:
                 call.end = "engine lost"
             raise
 
-    async def _carry(self, call: _Call, engine: Engine, body: bytes, asked: Collection[str]) -> web.StreamResponse:
-        headers = {"Content-Type": "application/json"}
+    async def _carry(
+        self,
+        call: _Call,
+        engine: Engine,
+        body: bytes,
+        asked: Collection[str],
+        conversation: Mapping[str, str] = MappingProxyType({}),
+    ) -> web.StreamResponse:
+        headers = {"Content-Type": "application/json", **conversation}
         async with self._request(engine, "POST", call.path, data=body, headers=headers) as reply:
             if reply.status == 200 and reply.content_type == "text/event-stream":
                 return await self._stream(call, reply)
@@ -442,6 +465,53 @@ class Gateway:
                 raise engine_error(reply.status, text, asked)
             kept = {name: reply.headers[name] for name in PASSED_HEADERS if name in reply.headers}
             return web.Response(status=reply.status, body=text, headers={**kept, "Cache-Control": "no-store"})
+
+    # ------- replies of the page that wait for a reload
+
+    async def _take_up(self, call: _Call) -> web.StreamResponse:
+        """Follow a conversation's reply from where its reader left, or end it."""
+        name, start = call.request.query.get("conv_id", ""), call.request.query.get("from", "")
+        engine = self._conversations.find(name)
+        if call.request.method == "DELETE":
+            if engine is not None:
+                await self._stop_conversation(engine, name)
+            return web.Response(status=204)
+        if engine is None:
+            raise ApiError(404, "There is no reply to take up.", code="not_found")
+        call.model = engine.name
+        path = f"{call.path}?conv_id={quote(name, safe='')}" + (f"&from={start}" if start.isdecimal() else "")
+        self._conversations.join(name, engine)
+        try:
+            async with self._request(engine, "GET", path, headers={}) as reply:
+                if reply.status >= 400:
+                    raise engine_error(reply.status, await reply.read())
+                return await self._stream(call, reply)
+        finally:
+            self._conversations.leave(name)
+
+    async def _look_up(self, call: _Call) -> list[Any]:
+        """Which of the conversations that the page asks for have a reply in the making."""
+        body, asked = await self._read_object(call)
+        names = asked.get("conversation_ids")
+        if not isinstance(names, list):
+            raise ApiError(400, "`conversation_ids` has to be a list.", param="conversation_ids")
+        if not self._conversations:
+            return []
+        found = []
+        for engine in self._engines:
+            if engine.state == "ready":
+                headers = {"Content-Type": "application/json"}
+                async with self._request(engine, "POST", call.path, data=body, headers=headers) as reply:
+                    text = await reply.read()
+                    if reply.status == 200:
+                        found += json.loads(text)
+        return found
+
+    async def _stop_conversation(self, engine: Engine, name: str) -> None:
+        path = f"{routes.STREAM}?conv_id={quote(name, safe='')}"
+        with contextlib.suppress(ApiError):  # gone with its replies
+            async with self._request(engine, "DELETE", path, headers={}) as reply:
+                await reply.read()
 
     async def _stream(self, call: _Call, reply: aiohttp.ClientResponse) -> web.StreamResponse:
         """Hand over each piece as it comes; what breaks in the middle becomes the stream's last event."""

@@ -8,7 +8,7 @@
 | `/props` | open, cleaned | the page needs it; the path of the model's file is cut to its name |
 | chat, completions, responses, messages, embeddings, rerank, infill | open | the API |
 | tokenize, detokenize, apply-template, counting tokens | open | no more than the model's tokenizer |
-| `/v1/stream`, `/v1/streams/lookup` | answered by the gateway: no stream outlives its client | would keep slots busy |
+| `/v1/stream`, `/v1/streams/lookup` | open | a reload of the page takes its reply up by a random name |
 | `/slots` | closed | shows what others asked, and saves and erases their caches |
 | `/metrics` | closed | how much others use the server |
 | `POST /props`, `/lora-adapters` | closed | change the model for everybody |

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from localmix.serving import gateway
 from localmix.serving.policy import Policy
 from tests.gateways import (
     ENDLESS,
@@ -266,10 +267,49 @@ def test_what_is_closed_stays_closed(front: Front, method: str, path: str, statu
     assert status != 405 or "OPTIONS" in answer.headers["Allow"]
 
 
-def test_streams_are_not_kept_for_later(front: Front) -> None:
-    answer = front.ask("POST", "/v1/streams/lookup", {"conversation_ids": ["x"]})
-    assert answer.status == 200 and answer.json == []
-    assert front.ask("DELETE", "/v1/stream?conv_id=x").status == 204
+NAME = "0b5c6f0e-5f3e-4d43-9f68-conversation"
+
+
+def test_the_page_takes_its_reply_up_again(front: Front, server: Server) -> None:
+    own = {"Origin": f"http://localhost:{front.port}", "Host": f"localhost:{front.port}", "X-Conversation-Id": NAME}
+    lines = [f"{name}: {value}" for name, value in own.items() if name != "Host"]
+    with front.open() as client:
+        client.sendall(post("/v1/completions", ENDLESS, *lines, host=own["Host"]))
+        assert client.recv(65536).startswith(b"HTTP/1.1 200")
+    time.sleep(0.2)
+    assert server.busy_slots() == 1  # goes on for a while without a reader
+
+    (found,) = front.ask("POST", "/v1/streams/lookup", {"conversation_ids": [NAME, "another"]}).json
+    assert found["conversation_id"] == NAME and found["is_done"] is False
+    with front.open() as client:
+        client.sendall(f"GET /v1/stream?conv_id={NAME}&from=0 HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        seen = b""
+        while seen.count(b"data: ") < 5:
+            seen += client.recv(65536)
+        assert front.ask("DELETE", f"/v1/stream?conv_id={NAME}").status == 204
+        server.wait_until_idle(5)
+    assert front.ask("GET", "/v1/stream?conv_id=another").status == 404
+    assert front.ask("POST", "/v1/streams/lookup", {"conversation_ids": NAME}).error["param"] == "conversation_ids"
+
+
+def test_a_reply_that_nobody_takes_up_is_stopped(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway, "KEPT_SECONDS", 0.3)
+    with running_gateway([server], Policy(port=0)) as front, front.open() as client:
+        own = f"localhost:{front.port}"
+        client.sendall(
+            post("/v1/completions", ENDLESS, f"Origin: http://{own}", f"X-Conversation-Id: {NAME}", host=own)
+        )
+        assert client.recv(65536).startswith(b"HTTP/1.1 200")
+        client.close()
+        server.wait_until_idle(5)
+        assert front.ask("POST", "/v1/streams/lookup", {"conversation_ids": [NAME]}).json == []
+
+
+def test_only_the_page_may_leave_a_reply_behind(front: Front, server: Server) -> None:
+    with front.open() as client:
+        client.sendall(post("/v1/completions", ENDLESS, f"X-Conversation-Id: {NAME}"))
+        assert client.recv(65536).startswith(b"HTTP/1.1 200")
+    server.wait_until_idle(2)
 
 
 def test_props_say_nothing_of_the_file_system(front: Front, tinymix_q8_0: Path) -> None:

@@ -50,6 +50,9 @@ ENVIRONMENT = {
 }
 STOP = sys.maxsize  # a cancel that covers every message to come
 
+# asked first why a child died: for what children depend on outside of this machine
+death_reasons: list[Callable[[], LocalmixError | None]] = []
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -226,6 +229,7 @@ class Worker:
             env={**os.environ, **ENVIRONMENT},
             creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
         )
+        running.add(self)
         self._request(self._call)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -238,6 +242,7 @@ class Worker:
                 self._cancel(STOP)
             self._wait()
         finally:
+            running.discard(self)
             if process.poll() is None:
                 process.kill()
                 process.wait()
@@ -259,6 +264,10 @@ class Worker:
         self._sent += 1
         self._logged = os.fstat(self._log.fileno()).st_size
         self._request(pickle.dumps(("message", self._sent, message), protocol=pickle.HIGHEST_PROTOCOL))
+
+    def kill(self) -> None:
+        """End the child where it stands; safe from any thread."""
+        self._started().kill()
 
     def cancel(self) -> None:
         """Ask the child to stop what it does for the last message (or for the call, if none was sent)."""
@@ -333,10 +342,16 @@ class Worker:
         process = self._started()
         if process.poll() is None:  # it closed its end without dying
             process.kill()
+        for explain in death_reasons:
+            if (reason := explain()) is not None:
+                return reason
         self._log.seek(max(self._logged, self._log.seek(0, os.SEEK_END) - LOG_BYTES))
         log = self._log.read().decode("utf-8", "replace")
         return explain_death(process.wait(), log, self.subject)
 
+
+# the children there are
+running: set[Worker] = set()
 
 # The same deaths on Windows, by exit status: abort, access violation, fast fail, in-page error.
 WINDOWS_STATUS = {3: "SIGABRT", 0xC0000005: "SIGSEGV", 0xC0000409: "SIGABRT", 0xC0000006: "SIGBUS"}

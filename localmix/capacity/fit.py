@@ -41,6 +41,7 @@ class Wish:
         sequences: how many texts are worked on at once.
         generation: refuse models that write no text, such as BERT.
         embeddings: make vectors instead of text, which takes a text as a whole; models that write none always do.
+        remote: devices of other machines, which are used beside those of `device`.
     """
 
     context: int | None = None
@@ -51,6 +52,7 @@ class Wish:
     sequences: int = 1
     generation: bool = True
     embeddings: bool = False
+    remote: tuple[Device, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Fit:
         repack: whether weights may be copied in the processor's own order.
         notes: sentences that the user should see.
         embeddings: whether it makes vectors instead of text.
+        layers: how many can lie on GPUs, the output layer counted; 0 where there is none.
     """
 
     path: Path
@@ -81,6 +84,7 @@ class Fit:
     repack: bool = True
     notes: tuple[str, ...] = ()
     embeddings: bool = False
+    layers: int = 0
 
     @property
     def context(self) -> int:
@@ -170,6 +174,8 @@ class Examiner:
             found = self._with_gpus(requirements, weights, setting, gpus, self._wish.gpu_layers)
             if found.placement.gpu_layers:
                 return found
+            if self._wish.remote:
+                notes = ("No machine given with --rpc has room for a layer: all of it is computed here.",)
         need = requirements.need(weights, setting)
         if need.total > _CLEARLY_FITS * self._room.bytes:
             requirements.simulate([setting])
@@ -187,9 +193,10 @@ class Examiner:
         gpu_layers: int | None,
     ) -> Fit:
         wish = self._wish
-        named = wish.device != "auto"
+        named = wish.device != "auto" or bool(wish.remote)
         names = tuple(gpu.name for gpu in gpus) if named else ()
-        placement = Placement(len(weights.layers) + 1, 0, names)
+        servers = tuple(dict.fromkeys(gpu.server for gpu in gpus if gpu.server))
+        placement = Placement(len(weights.layers) + 1, 0, names, servers)
         # Fewer layers on a GPU can take a larger buffer there: split again with the larger of the two.
         largest: dict[str, int] = {}
         for _ in range(2):
@@ -205,7 +212,7 @@ class Examiner:
         shared = all(gpu.shares_memory for gpu in gpus)
         need = requirements.need_beside(weights, setting, found, shared)
         verdict = self._room.verdict(need) if found.fits else Verdict.NO
-        return Fit(Path(), setting, 0, need, self._room, verdict, found, tuple(gpus))
+        return Fit(Path(), setting, 0, need, self._room, verdict, found, tuple(gpus), layers=len(weights.layers) + 1)
 
     def _requirements(self, source: Source) -> Requirements:
         shape = tuple((tensor.name, tensor.shape) for tensor in source.tensors)
@@ -213,7 +220,7 @@ class Examiner:
 
     def _find_gpus(self) -> Sequence[Device]:
         if self._gpus is None:
-            self._gpus = find_gpus(self._wish.device)
+            self._gpus = [*self._wish.remote, *find_gpus(self._wish.device)]
         return self._gpus
 
     def _remedies(self, source: Source, fit: Fit) -> Iterator[str]:

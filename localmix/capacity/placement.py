@@ -1,5 +1,7 @@
 """Which layers and experts of a model a GPU has room for: arithmetic over their bytes, the same for every vendor.
 
+A device of another machine counts as a GPU here, as it does for llama.cpp.
+
 llama.cpp places whole layers: with N layers on the GPU the output layer comes first, then the last N - 1 blocks.
 Of several GPUs each takes a row of layers, in proportion to its free memory (`load_tensors` in llama-model.cpp).
 In a mixture model the experts are most of the bytes and few of them work on a token, so they are what stays in
@@ -11,7 +13,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 from localmix.gguf_format import tensor_bytes
@@ -58,6 +60,12 @@ class Weights:
     def total(self) -> int:
         """All of them."""
         return sum(layer.experts + layer.rest for layer in self.layers) + self.output + self.input
+
+    @property
+    def largest(self) -> int:
+        """The largest tensor of the layers."""
+        sizes = (tensor_bytes(tensor) for tensor in self.tensors if not tensor.name.startswith("token_embd"))
+        return max(sizes, default=0)
 
     @property
     def is_mixture(self) -> bool:
@@ -130,18 +138,20 @@ def split(
         devices: the GPUs to use, in llama.cpp's order.
         gpu_layers: so many layers, the output layer counted, whether they fit or not; None for as many as fit.
         experts: `cpu` keeps all of them off the GPUs, `gpu` none, `auto` as many as have to be.
-        named: put the devices' names into the placement, so that llama.cpp uses these only.
+        named: put the devices' names into the placement, so that llama.cpp uses these only; with devices of other
+            machines it has to be.
 
     Returns:
         Of what fits, the most layers on the GPUs, and with those the most experts. Without `gpu_layers`, nothing
         on a GPU where not even the output layer fits.
     """
     names = tuple(device.name for device in devices) if named else ()
+    servers = tuple(dict.fromkeys(device.server for device in devices if device.server))
     most_kept = len(weights.layers) if weights.is_mixture and experts != "gpu" else 0
     least_kept = most_kept if experts == "cpu" else 0
 
     def attempt(layers: int, kept: int) -> Split:
-        placement = Placement(layers, kept, names) if layers else PROCESSOR
+        placement = Placement(layers, kept, names, servers) if layers else PROCESSOR
         return _load(weights, kv, compute, devices, placement)
 
     everything = len(weights.layers) + 1
@@ -160,13 +170,20 @@ def _load(
     count = placement.gpu_layers or 0
     if not count:
         return Split(placement)
+    # another machine receives a tensor as a whole before it puts it in its place
+    used = {device.name: compute.get(device.name, 0) + (weights.largest if device.server else 0) for device in devices}
     # a device that does not say counts for llama.cpp as if it had the machine's memory; equal parts come near it
-    shares = list(accumulate(device.free or 1 for device in devices))
-    used = {device.name: compute.get(device.name, 0) for device in devices}
+    parts = [device.free or 1 for device in devices]
+    if placement.servers:  # llama.cpp is told how many layers each has, so what they cannot be used for counts too
+        parts = [max(1, device.free - RESERVE_BYTES - used[device.name]) for device in devices]
+    shares = list(accumulate(parts))
+    counts = [0] * len(devices)
     on_devices = cached = 0
     first = len(weights.layers) + 1 - count
     for number in range(count):
-        name = devices[bisect_right(shares, number / count * shares[-1])].name
+        place = bisect_right(shares, number / count * shares[-1])
+        name = devices[place].name
+        counts[place] += 1
         block = first + number
         if block == len(weights.layers):
             size = weights.output
@@ -177,5 +194,12 @@ def _load(
             used[name] += kv[block]
         used[name] += size
         on_devices += size
-    overfull = (device.name for device in devices if device.total and used[device.name] + RESERVE_BYTES > device.free)
+    if placement.servers:
+        placement = replace(placement, layer_counts=tuple(counts))
+        used = {name: size if counts[place] else 0 for place, (name, size) in enumerate(used.items())}
+    overfull = (
+        device.name
+        for device in devices
+        if device.total and used[device.name] and used[device.name] + RESERVE_BYTES > device.free
+    )
     return Split(placement, on_devices, cached, used, tuple(overfull))

@@ -10,7 +10,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,10 +84,12 @@ def simulate(channel: Channel, path: Path, settings: Sequence[Setting], placemen
         InputError: llama.cpp refuses the model or a setting, or does not say what it takes.
     """
     from localmix.native import library
+    from localmix.native.devices import buffer_owners
     from localmix.native.model import Context, Model
 
     found = []
     with Model(path, placement=placement, simulate=True) as model:
+        owners = buffer_owners()
         for setting in settings:
             channel.check()
             kind = TensorType[setting.kv_type.upper()]
@@ -104,7 +106,9 @@ def simulate(channel: Channel, path: Path, settings: Sequence[Setting], placemen
                     threads=1,
                 ),
             ):
-                found.append(_parse(lines))
+                buffers = _parse(lines)
+                compute = {owners.get(name, name): size for name, size in buffers.compute.items()}
+                found.append(replace(buffers, compute=compute))
     return found
 
 

@@ -13,13 +13,15 @@ import click
 
 from localmix.cli.chat_settings import LIMIT, sampling_for, setting_options
 from localmix.cli.console import Console
-from localmix.cli.memory_check import placement_options
+from localmix.cli.memory_check import placement_options, rpc_option
 from localmix.cli.parameters import FILE, MODEL, examples, json_option, rope_options, threads_option
 
 if TYPE_CHECKING:
     from localmix.conversation.chat import Conversation, Engine
     from localmix.conversation.chat_events import DraftSettings
     from localmix.conversation.session import Keeper, Session
+    from localmix.distribution.protocol import Endpoint
+    from localmix.native.devices import Device
     from localmix.rope_scaling import RopeScaling
 
 _QUESTION_BYTES = 4 * 2**20  # more is no question: a wrong file, or a program that never ends
@@ -52,6 +54,7 @@ _MOST_DRAFTED = 64
 @click.option("--json-schema", type=FILE, metavar="FILE", help="With -p: the reply is JSON that follows this schema.")
 @click.option("--grammar", type=FILE, metavar="FILE", help="With -p: the reply follows this grammar (GBNF).")
 @placement_options
+@rpc_option
 @rope_options
 @threads_option
 @click.option("--force", is_flag=True, help="Load the model even if memory seems too small.")
@@ -82,6 +85,7 @@ def command(
     gpu_layers: int | None,
     experts: str,
     kv_type: str,
+    rpc: tuple[Endpoint, ...],
     rope: RopeScaling | None,
     threads: int | None,
     force: bool,
@@ -120,6 +124,14 @@ def command(
         from localmix.conversation import session
 
         drafting = _draft(draft, draft_tokens)
+        remote: tuple[Device, ...] = ()
+        if rpc:
+            from localmix.distribution.machines import Machines
+            from localmix.native.devices import PROCESSOR
+
+            remote = stack.enter_context(Machines(rpc)).devices
+            if drafting is not None:
+                drafting = dataclasses.replace(drafting, placement=PROCESSOR)
 
         def open_engine(name: str | Path | None) -> Engine:
             check = MemoryCheck(
@@ -130,6 +142,7 @@ def command(
                 gpu_layers=gpu_layers,
                 experts=experts,
                 draft=drafting.model if drafting else None,
+                remote=remote,
             )
             path = library.resolve(name, library.Purpose.RUN, check.fits)
             choice = check.check(path, force)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +15,14 @@ from localmix.cli.parameters import Command
 if TYPE_CHECKING:
     from localmix.capacity.fit import Fit
     from localmix.capacity.memory import Need
+    from localmix.distribution.protocol import Endpoint
     from localmix.library import ModelFile
-    from localmix.native.devices import Placement
+    from localmix.native.devices import Device, Placement
 
     _Parameter = click.ParamType[int | None]
+    _WorkersParameter = click.ParamType[tuple[Endpoint, ...]]
 else:
-    _Parameter = click.ParamType  # not generic at run time before click 8.4
+    _Parameter = _WorkersParameter = click.ParamType  # not generic at run time before click 8.4
 
 # beyond it llama.cpp spends minutes on reserving what no machine has, so --force does not try
 _LONGEST_CONTEXT = 2**24
@@ -79,6 +81,28 @@ def placement_options(function: Command) -> Command:
     return function
 
 
+class _Endpoints(_WorkersParameter):
+    """Addresses of workers."""
+
+    name = "workers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Endpoint, ...]:
+        from localmix.distribution.protocol import parse_endpoints
+
+        return parse_endpoints(value) if isinstance(value, str) else value
+
+
+def rpc_option(function: Command) -> Command:
+    """The option for other machines; the command gets `rpc`, a tuple of endpoints."""
+    return click.option(
+        "--rpc",
+        metavar="HOST:PORT[,…]",
+        type=_Endpoints(),
+        default=(),
+        help="Spread the model over these machines too, where `localmix worker` runs.",
+    )(function)
+
+
 @dataclass(frozen=True)
 class Choice:
     """How to load a model so that it fits.
@@ -113,6 +137,7 @@ class MemoryCheck:
             the last.
         generation: refuse models that write no text.
         embeddings: make vectors instead of text.
+        remote: devices of other machines that it is spread over; the draft model is not.
     """
 
     def __init__(
@@ -128,17 +153,18 @@ class MemoryCheck:
         slots: Sequence[int] = (1,),
         generation: bool = True,
         embeddings: bool = False,
+        remote: tuple[Device, ...] = (),
     ) -> None:
         from localmix.capacity import memory
         from localmix.capacity.fit import Examiner, Wish
 
         self._console = console
         self._slots = slots
-        wish = Wish(context, kv_type, device, gpu_layers, experts, slots[-1], generation, embeddings)
+        wish = Wish(context, kv_type, device, gpu_layers, experts, slots[-1], generation, embeddings, remote)
         self._told: set[str] = set()
         room = memory.available()
         if draft is not None:
-            room = Examiner(wish, room).beside(draft)
+            room = Examiner(replace(wish, device="cpu", remote=()) if remote else wish, room).beside(draft)
         self._examiner = Examiner(wish, room)
 
     def fits(self, file: ModelFile) -> bool:
@@ -204,6 +230,9 @@ class MemoryCheck:
             if note not in self._told:
                 self._console.warn(note)
         self._told.update(fit.notes)
+        if fit.placement.layer_counts and (spread := f"{fit.path.name}: {_on_gpus(fit)}") not in self._told:
+            self._told.add(spread)
+            self._console.note(spread)
         slots, kv_type = fit.setting.sequences, fit.setting.kv_type
         return Choice(fit.context, kv_type, fit.placement, fit.repack, fit.need, slots, fit.embeddings)
 
@@ -219,7 +248,7 @@ def _sentence(fit: Fit) -> str:
         device = next(gpu for gpu in fit.gpus if gpu.name in fit.split.overfull)
         has = "whose working set has" if device.shares_memory else "which has"
         return (
-            f"{name} puts {size(fit.split.devices[device.name])} on {device.name}, {has} {size(device.free)} free"
+            f"{name} puts {size(fit.split.devices[device.name])} on {device.title}, {has} {size(device.free)} free"
             f" and needs {size(RESERVE_BYTES)} of that for itself."
         )
     have = f"{size(room.bytes)} is available: {room.limit}"
@@ -249,8 +278,8 @@ def _draw_need(console: Console, fit: Fit) -> None:
         "available": fit.room.bytes,
     }
     for gpu in fit.gpus:
-        rows[f"on {gpu.name}"] = fit.split.devices.get(gpu.name, 0)
-        rows[f"free on {gpu.name}"] = gpu.free
+        rows[f"on {gpu.title}"] = fit.split.devices.get(gpu.name, 0)
+        rows[f"free on {gpu.title}"] = gpu.free
     rows = {what: count for what, count in rows.items() if count}
     unit, name = size_unit(rows.values())
     cells = tuple((what, f"{count / unit:.2f}") for what, count in rows.items())
@@ -264,4 +293,8 @@ def _on_gpus(fit: Fit) -> str:
         return ""
     kept = placement.cpu_expert_layers
     experts = f"; the experts of the first {kept} layers stay in the processor's memory" if kept else ""
-    return f"{placement.gpu_layers} layers on {', '.join(gpu.name for gpu in fit.gpus)}{experts}."
+    if not placement.layer_counts:
+        return f"{placement.gpu_layers} layers on {', '.join(gpu.title for gpu in fit.gpus)}{experts}."
+    counts = zip(placement.layer_counts, fit.gpus, strict=True)
+    parts = ", ".join(f"{count} on {gpu.title}" for count, gpu in counts if count)
+    return f"Of {fit.layers} layers {parts}, and {fit.layers - placement.gpu_layers or 'none'} here{experts}."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from localmix.cli.console import WEIGHTS, Console
-from localmix.cli.memory_check import placement_options
+from localmix.cli.memory_check import placement_options, rpc_option
 from localmix.cli.parameters import (
     FILE,
     MODEL,
@@ -29,11 +30,13 @@ from localmix.cli.parameters import (
 )
 
 if TYPE_CHECKING:
+    from localmix.distribution.protocol import Endpoint
     from localmix.measurement.comparison import Measured, Subject
     from localmix.measurement.corpus import Corpus
     from localmix.measurement.measuring_child import MeasuringChild
     from localmix.measurement.perplexity import Conditions
     from localmix.measurement.reference import Cache
+    from localmix.native.devices import Device
     from localmix.presentation.published import PublishedTable
     from localmix.presentation.table import ContextPoint, QuantizationRow, Table
     from localmix.rope_scaling import RopeScaling
@@ -110,6 +113,7 @@ def cache_options(function: Command) -> Command:
 @click.option("--csv", is_flag=True, help="The table as CSV.")
 @rope_options
 @placement_options
+@rpc_option
 @threads_option
 @markdown_option
 @json_option
@@ -139,6 +143,7 @@ def command(
     gpu_layers: int | None,
     experts: str,
     kv_type: str,
+    rpc: tuple[Endpoint, ...],
     threads: int | None,
     markdown: bool,
     json: bool,
@@ -175,7 +180,8 @@ def command(
     if names and len(models) > 1:
         raise UsageError("--types and --set take one model.", "Name the other files without them.")
 
-    with MeasuringChild() as child:  # gets ready while this process imports and looks
+    with ExitStack() as stack:
+        child = stack.enter_context(MeasuringChild())  # gets ready while this process imports and looks
         from localmix import library
         from localmix.errors import InputError
         from localmix.measurement.comparison import common_context, look_at
@@ -192,7 +198,12 @@ def command(
         if contexts is None:
             contexts = [common_context([*subjects, *([compared] if compared else [])])]
         conditions = Conditions(contexts[0], chunks, threads, rope, kv_type=kv_type)
-        place = placer(console, contexts[-1], kv_type, device, gpu_layers, experts)
+        remote: tuple[Device, ...] = ()
+        if rpc:
+            from localmix.distribution.machines import Machines
+
+            remote = stack.enter_context(Machines(rpc)).devices
+        place = placer(console, contexts[-1], kv_type, device, gpu_layers, experts, remote)
         subjects = [place(subject) for subject in subjects]
         compared = place(compared) if compared else None
 
@@ -218,14 +229,22 @@ def failure(row: QuantizationRow) -> str:
 
 
 def placer(
-    console: Console, ctx: int, kv_type: str, device: str, gpu_layers: int | None, experts: str
+    console: Console,
+    ctx: int,
+    kv_type: str,
+    device: str,
+    gpu_layers: int | None,
+    experts: str,
+    remote: tuple[Device, ...] = (),
 ) -> Callable[[Subject], Subject]:
     """What finds out where a model's layers lie when it is measured, and warns where memory is too small for it."""
     from localmix.cli.memory_check import MemoryCheck
     from localmix.measurement.perplexity import Layout
 
     cells = Layout.for_chunks(ctx).cells
-    check = MemoryCheck(console, cells, kv_type=kv_type, device=device, gpu_layers=gpu_layers, experts=experts)
+    check = MemoryCheck(
+        console, cells, kv_type=kv_type, device=device, gpu_layers=gpu_layers, experts=experts, remote=remote
+    )
 
     def place(subject: Subject) -> Subject:
         choice = check.advise(subject.path)
@@ -323,6 +342,7 @@ def _measure_table(
     child: MeasuringChild,
 ) -> list[Measured]:
     """Measure a row for each model and corpus, and show them."""
+    from localmix.errors import NetworkError
     from localmix.measurement.comparison import averages, compare
     from localmix.measurement.provenance import Provenance
     from localmix.presentation.table import quantization_table
@@ -350,7 +370,7 @@ def _measure_table(
                 timed = speed and number == 0
                 for measured in compare(subjects, corpus, conditions, timed, reference, cache, report, child):
                     done.append(measured)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, NetworkError):
         if done and not outputs.console.json:
             draw()
         raise
@@ -376,7 +396,7 @@ def _measure_curve(
     child: MeasuringChild,
 ) -> int:
     """Measure a point for each model, corpus and context, and show them; the exit code."""
-    from localmix.errors import InputError, Interrupted, LocalmixError
+    from localmix.errors import InputError, Interrupted, LocalmixError, NetworkError
     from localmix.measurement.context_curve import curve_table, measure_contexts
     from localmix.measurement.provenance import Provenance
 
@@ -406,13 +426,13 @@ def _measure_curve(
                     own = subject.conditions(conditions)
                     for point in measure_contexts(subject.path, corpus, contexts, own, paired, *names, report, child):
                         done.append(point)
-                except Interrupted:
+                except (Interrupted, NetworkError):
                     raise
                 except LocalmixError as error:
                     if len(corpora) == len(subjects) == 1:
                         raise
                     failures.append(f"{subject.path.name}, {corpus.name}: {error.message}")
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, NetworkError):
         if done and not outputs.console.json:
             draw()
         raise

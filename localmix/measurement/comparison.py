@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from localmix import library
 from localmix.capacity.memory import DEFAULT_CONTEXT, trained_context
-from localmix.errors import Interrupted, LocalmixError
+from localmix.errors import Interrupted, LocalmixError, NetworkError
 from localmix.gguf_format import tensor_bytes
 from localmix.measurement.corpus import Corpus
 from localmix.measurement.divergence import Divergence, Reference, Run, open_reference
@@ -147,7 +147,7 @@ def _compare_with(
         opened = open_reference(
             reference.path, corpus, reference.conditions(conditions), cache, speed, next(reports), run
         )
-    except Interrupted:
+    except (Interrupted, NetworkError):
         raise
     except LocalmixError as error:
         yield _failed(reference, corpus, error, is_reference=True)
@@ -158,7 +158,7 @@ def _compare_with(
     for number, subject in enumerate(others):
         try:
             found, beside = opened.measure_both(subject.path, speed, next(reports), subject.conditions(conditions), run)
-        except Interrupted:
+        except (Interrupted, NetworkError):
             raise
         except BrokenReference as error:
             yield _failed(reference, corpus, error, is_reference=True)
@@ -197,7 +197,7 @@ def _compare_alone(
         try:
             own = subject.conditions(conditions)
             found: Perplexity = run(measure_here, subject.path, corpus, own, speed, progress=next(reports))
-        except Interrupted:
+        except (Interrupted, NetworkError):
             raise
         except LocalmixError as error:
             if may_raise and len(subjects) == 1:

@@ -25,7 +25,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from localmix.errors import CapacityError, FileError, InputError, Interrupted
 from localmix.native import library
-from localmix.native.devices import ANYWHERE, Placement, cpu_buffer_type, default_threads, device_handle
+from localmix.native.devices import ANYWHERE, Placement, connect, cpu_buffer_type, default_threads, device_handle
 from localmix.native.library import api
 from localmix.native.tensors import EvalCallback
 from localmix.rope_scaling import RopeScaling
@@ -98,6 +98,7 @@ class Model:
         if not os.access(path, os.R_OK):
             raise FileError(f"{path} cannot be read: permission denied.")
         llama = api()
+        connect(placement.servers)
         parameters = llama.llama_model_default_params()
         parameters.load_mode = LOAD_WITH_MMAP if mmap and not simulate else LOAD_WITHOUT_MMAP
         parameters.use_extra_bufts = repack
@@ -110,6 +111,9 @@ class Model:
             chosen = [] if placement.gpu_layers == 0 else [device_handle(name) for name in placement.devices]
             self._devices = (ctypes.c_void_p * (len(chosen) + 1))(*chosen, None)
             parameters.devices = ctypes.cast(self._devices, ctypes.c_void_p)
+        if placement.layer_counts:
+            self._shares = (ctypes.c_float * llama.llama_max_devices())(*placement.layer_counts)
+            parameters.tensor_split = self._shares
         if placement.cpu_expert_layers:
             self._overrides = _experts_on_cpu(placement.cpu_expert_layers)
             parameters.tensor_buft_overrides = ctypes.cast(self._overrides, ctypes.c_void_p)

@@ -1,0 +1,124 @@
+"""The workers of one run, for the parent of whatever computes with them.
+
+    with Machines(parse_endpoints("10.0.0.2:50052,10.0.0.3:50052")) as machines:
+        fit = Examiner(Wish(remote=machines.devices), available()).examine(path)
+        ...                                   # load the model with fit.placement, in a child
+
+While it is open, a child of `localmix.worker` that dies because a worker is lost says so.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+
+from localmix import worker
+from localmix.distribution.protocol import DeviceMemory, Endpoint, devices_of
+from localmix.distribution.relay import Listening, Lost, relay
+from localmix.errors import InputError, LocalmixError, NetworkError
+from localmix.native.devices import REMOTE, Device, has_rpc_backend
+from localmix.native.library import PINNED_VERSION
+
+# a child that dies of a lost worker is seen to before the news of the worker arrives
+_NEWS_SECONDS = 0.5
+# what still computes by itself then is ended after so long
+_GRACE_SECONDS = 1.0
+# a death is put down to a loss that is not longer ago
+_BLAMED_SECONDS = 5.0
+
+
+class Machines:
+    """Workers that were found to be there, and a relay to them; a context manager.
+
+    Attributes:
+        devices: theirs, as llama.cpp calls them once it is connected.
+
+    Raises (when entered):
+        NetworkError: a worker cannot be used; the sentence says why.
+        InputError: the engine was built without its part for this.
+    """
+
+    def __init__(self, endpoints: Sequence[Endpoint]) -> None:
+        self.devices: tuple[Device, ...] = ()
+        self._endpoints = endpoints
+        self._stack = ExitStack()
+        self._relay = worker.Worker(relay, endpoints)
+        self._ports: tuple[int, ...] = ()
+        self._failure: NetworkError | None = None
+        self._failed = 0.0
+        self._ended = False
+        self._news = threading.Condition()
+
+    def __enter__(self) -> Machines:
+        if not has_rpc_backend():
+            raise InputError(
+                "The engine was built without its RPC back end, with which a model is spread over machines.",
+                'Run `make setup`, or `CMAKE_ARGS="-DGGML_RPC=on" pip install --force-reinstall --no-deps'
+                f" --no-cache-dir --no-binary llama-cpp-python llama-cpp-python=={PINNED_VERSION}`.",
+            )
+        with ExitStack() as stack:
+            stack.enter_context(self._relay)
+            threading.Thread(target=self._listen, daemon=True).start()
+            with ThreadPoolExecutor(len(self._endpoints)) as pool:
+                memories = list(pool.map(devices_of, self._endpoints))
+            with self._news:
+                self._news.wait_for(lambda: self._ports or self._ended)
+            if self._failure is not None:
+                raise self._failure
+            self.devices = tuple(self._name(memories))
+            worker.death_reasons.append(self.explain)
+            stack.callback(worker.death_reasons.remove, self.explain)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @property
+    def failure(self) -> NetworkError | None:
+        """Which worker was lost in the last seconds, and why; None if none was."""
+        recent = time.monotonic() - self._failed < _BLAMED_SECONDS
+        return self._failure if recent else None
+
+    def explain(self) -> NetworkError | None:
+        """As `failure`, for a process that has just died."""
+        with self._news:
+            self._news.wait_for(lambda: self.failure is not None, _NEWS_SECONDS)
+        return self.failure
+
+    def _name(self, memories: Sequence[Sequence[DeviceMemory]]) -> Iterator[Device]:
+        number = 0
+        for endpoint, port, memory in zip(self._endpoints, self._ports, memories, strict=True):
+            for place, device in enumerate(memory):
+                title = f"{endpoint}, device {place}" if len(memory) > 1 else str(endpoint)
+                yield Device(f"RPC{number}", title, REMOTE, device.free, device.total, f"127.0.0.1:{port}")
+                number += 1
+
+    def _listen(self) -> None:
+        try:
+            for event in self._relay:
+                if isinstance(event, Listening):
+                    with self._news:
+                        self._ports = event.ports
+                        self._news.notify_all()
+                elif isinstance(event, Lost):
+                    self._fail(event.error)
+        except (LocalmixError, worker.WorkerFailure) as error:
+            self._fail(NetworkError(f"The connection to the workers ended: {error}"))
+        with self._news:
+            self._ended = True
+            self._news.notify_all()
+
+    def _fail(self, error: NetworkError) -> None:
+        with self._news:
+            if self.failure is None:
+                self._failure, self._failed = error, time.monotonic()
+            self._news.notify_all()
+        # most die of it at once; one in the middle of a long step of its own would come to it later
+        for child in worker.running - {self._relay}:
+            timer = threading.Timer(_GRACE_SECONDS, child.kill)
+            timer.daemon = True
+            timer.start()

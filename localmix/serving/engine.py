@@ -29,12 +29,15 @@ from localmix.worker import LESS_MEMORY, explain_death, last_words
 # before each new start of an engine that crashed; after these it is given up
 PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)
 STEADY_SECONDS = 600.0  # an engine that lived so long starts counting anew
-STOP_SECONDS = 5.0
+STOP_SECONDS = 1.0
 _POLL_SECONDS = 0.05
 _SLOWEST_POLL_SECONDS = 0.5
 _ASK_SECONDS = 5.0
 _KEPT_LINES = 200
 _LINE_BYTES = 8192
+_UNIX_SOCKETS = sys.platform != "win32"
+# what a llama-server and its router say to each other (server-models.cpp)
+_EXIT = b"cmd_router_to_child:exit\n"
 _STATE_LINE = b"cmd_child_to_router:state:"
 
 Report = Callable[[float], None]
@@ -229,6 +232,8 @@ class Engine:
         raise explain_end(status, list(self._lines), self.options.model)
 
     async def _launch(self) -> asyncio.subprocess.Process:
+        if not os.access(self._program, os.X_OK):
+            raise FileError(f"{self._program} cannot be started: it is gone, or no program.", HOW_TO_GET_IT)
         self._address = self._new_address()
         command = [str(self._program), *self.options.arguments(self._address)]
         if sys.platform == "linux":
@@ -251,7 +256,7 @@ class Engine:
         return self._process
 
     def _new_address(self) -> EngineAddress:
-        if hasattr(socket, "AF_UNIX") and sys.platform != "win32":
+        if _UNIX_SOCKETS:
             path = (
                 self._folder / f"{secrets.token_hex(4)}.sock"
             )  # a new name: an old process may still hold the old one
@@ -310,21 +315,24 @@ class Engine:
         finally:
             writer.close()
 
+    def _send(self, command: bytes) -> None:
+        assert self._process is not None and self._process.stdin is not None
+        self._process.stdin.write(command)
+
     async def _end_process(self) -> None:
         process = self._process
         if process is None:
             return
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.terminate()
-            try:
-                await asyncio.wait_for(process.wait(), STOP_SECONDS)
-            except asyncio.TimeoutError:
+        assert process.stdin is not None
+        # while it loads it listens to signals only, later to its router; other versions know signals only
+        loading = self.state == "loading"
+        for end in (process.terminate if loading else lambda: self._send(_EXIT), process.terminate, process.kill):
+            if process.returncode is None:
                 with contextlib.suppress(ProcessLookupError):
-                    process.kill()
-                await process.wait()
-        if process.stdin is not None:
-            process.stdin.close()
+                    end()
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(process.wait(), STOP_SECONDS)
+        process.stdin.close()
         if self._address.socket is not None:
             self._address.socket.unlink(missing_ok=True)
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import json
-import logging
-import logging.handlers
 import os
-from io import TextIOWrapper
 from pathlib import Path
 
 import platformdirs
@@ -27,26 +25,28 @@ def log_folder() -> Path:
 class ServerLog:
     """Lines in a file that only its user can read, with at most `OLD_FILES` older ones beside it.
 
+    A disk that is full loses lines, and ends no server.
+
     Args:
         path: the file.
         as_json: one JSON object a line.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: the file cannot be opened.
     """
 
     def __init__(self, path: Path, as_json: bool = False) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self._as_json = as_json
-        self._file = _PrivateFile(path, maxBytes=FILE_BYTES, backupCount=OLD_FILES, encoding="utf-8", errors="replace")
+        self._descriptor = _open(path)
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        os.close(self._descriptor)
 
     def line(self, source: str, text: str) -> None:
-        """A line of a model's llama-server, or of localmix itself."""
+        """A line of a model's llama-server."""
         self._write({"source": source, "text": text}, f"{source}: {text}")
 
     def request(self, access: Access) -> None:
@@ -58,16 +58,21 @@ class ServerLog:
     def _write(self, fields: dict[str, object], text: str) -> None:
         now = datetime.datetime.now().astimezone().isoformat(timespec="milliseconds")
         line = json.dumps({"time": now, **fields}, ensure_ascii=False) if self._as_json else f"{now} {text}"
-        # a request's path may hold line ends, which would forge lines
-        self._file.emit(logging.makeLogRecord({"msg": line.replace("\r", "\\r").replace("\n", "\\n")}))
+        # the path of a request may hold line ends, which would forge lines
+        data = (line.replace("\r", "\\r").replace("\n", "\\n") + "\n").encode("utf-8", "replace")
+        with contextlib.suppress(OSError):
+            if os.fstat(self._descriptor).st_size + len(data) > FILE_BYTES:
+                self._start_anew()
+            os.write(self._descriptor, data)
+
+    def _start_anew(self) -> None:
+        older = [self.path, *(self.path.with_name(f"{self.path.name}.{number + 1}") for number in range(OLD_FILES))]
+        for number in range(OLD_FILES, 0, -1):
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(older[number - 1], older[number])
+        full, self._descriptor = self._descriptor, _open(self.path)
+        os.close(full)
 
 
-class _PrivateFile(logging.handlers.RotatingFileHandler):
-    """Readable for its user alone, and silent where the disk is full: a log must not end a server."""
-
-    def _open(self) -> TextIOWrapper:
-        descriptor = os.open(self.baseFilename, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        return TextIOWrapper(os.fdopen(descriptor, "ab"), encoding=self.encoding, errors=self.errors)
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        """Nothing."""
+def _open(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)

@@ -1,0 +1,80 @@
+"""The program around gateway and engines: addresses to show, its private folder, its signals."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from localmix.serving.service import Listening, Stop, private_folder, stopped_by_signals
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:80"),
+        ("0.0.0.0", "http://localhost:80"),
+        ("::", "http://localhost:80"),
+        ("::1", "http://[::1]:80"),
+    ],
+)
+def test_what_to_type_into_a_browser(host: str, url: str) -> None:
+    assert Listening(host, 80).url == url
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder for temporary files whose path leaves room for a socket's."""
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield Path(folder)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions")
+def test_the_folder_is_private_and_those_of_killed_runs_go(short: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    left, living, other = (
+        short / name for name in (f"localmix-serve-{ended.pid}-x", f"localmix-serve-{os.getpid()}-x", "localmix-x")
+    )
+    for folder in (left, living, other):
+        folder.mkdir()
+        (folder / "file").touch()
+    with private_folder() as folder:
+        assert folder.parent == short and folder.stat().st_mode & 0o777 == 0o700
+        assert not left.exists() and living.exists() and other.exists()
+        (folder / "x.sock").touch()
+    assert not folder.exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sockets")
+def test_a_path_that_is_too_long_for_sockets_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = tmp_path / ("x" * 100)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    with private_folder() as folder:
+        assert len(os.fsencode(folder / "12345678.sock")) < 100
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_signals_ask_first_and_then_insist() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+
+    async def main() -> None:
+        stop = Stop()
+        with stopped_by_signals(stop):
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.wait_for(stop.politely.wait(), 5)
+            assert not stop.at_once.is_set()
+            os.kill(os.getpid(), signal.SIGINT)
+            await asyncio.wait_for(stop.at_once.wait(), 5)
+
+    asyncio.run(main())
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before

@@ -70,7 +70,8 @@ def command(
     """Compare two models on a text, token by token.
 
     Both predict the same tokens, so the error of their difference is much smaller than that of each
-    perplexity. The verdict takes two standard errors for a difference.
+    perplexity. The verdict goes by their divergence from the model of --kld, else by perplexity, and takes two
+    standard errors for a difference.
     """
     from localmix.measurement.measuring_child import MeasuringChild
 
@@ -115,6 +116,8 @@ def command(
 
         rows = [one.row for one in done]
         console.result({"ctx": ctx, **asdict(provenance), "rows": rows, "verdict": verdict}, draw)
+        if verdict is not None and not verdict.better and verdict.kld_difference is None:
+            console.note("--kld with the original of both tells smaller differences apart.")
         for note in sorted({note for one in done if one.perplexity for note in one.perplexity.notes}):
             console.warn(note)
         for one in done:

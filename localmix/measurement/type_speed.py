@@ -21,7 +21,7 @@ from typing import Any
 
 import platformdirs
 
-from localmix.errors import UsageError
+from localmix.errors import LocalmixError, UsageError
 from localmix.native.devices import default_threads, devices
 from localmix.native.library import LLAMA_CPP_COMMIT, api
 from localmix.native.weight_ring import WeightRing
@@ -81,7 +81,7 @@ def measure(
     progress: Report | None = None,
     folder: Path | None = None,
 ) -> TypeSpeeds:
-    """Measure what has not been measured with this engine, processor and number of threads, and keep it.
+    """Measure what has not been measured with this engine, processor and number of threads, and keep it if possible.
 
     Args:
         threads: `devices.default_threads` for None.
@@ -93,7 +93,6 @@ def measure(
         UsageError: a type is none of weights.
         CapacityError: there is no memory for a ring.
         InputError: llama.cpp cannot be loaded.
-        FileError: it cannot be kept.
     """
     for kind in types:
         if kind not in ENCODABLE:
@@ -105,7 +104,8 @@ def measure(
     wanted = [kind for kind in types if again or kind not in known]
     if wanted:
         known |= run(_measure, wanted, count, progress=progress)
-        _keep(path, key, known)
+        with contextlib.suppress(LocalmixError):  # it is measured again the next time
+            _keep(path, key, known)
     return TypeSpeeds(
         processor=key["processor"],
         engine=key["engine"],

@@ -44,6 +44,12 @@ def test_a_broken_file_is_measured_anew(tmp_path: Path) -> None:
     assert json.loads(path.read_bytes())["processor"] == first.processor
 
 
+def test_figures_that_cannot_be_kept_are_still_given(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    found = measure([TensorType.Q4_0], 1, folder=tmp_path / "file" / "speeds")
+    assert found.seconds[TensorType.Q4_0] > 0
+
+
 def test_types_without_weights_are_refused() -> None:
     with pytest.raises(UsageError, match="Q8_K is no type of weights"):
         seconds_per_weight([TensorType.Q4_0, TensorType.Q8_K])

@@ -39,6 +39,7 @@ class Server:
     process: subprocess.Popen[bytes]
     state: EngineState = "ready"
     failure: str | None = None
+    embeddings: bool = False
 
     def ask(self, path: str) -> Any:
         """What it answers when it is asked without a gateway."""

@@ -93,6 +93,10 @@ class Engine(Protocol):
     def failure(self) -> str | None:
         """Why it does not."""
 
+    @property
+    def embeddings(self) -> bool:
+        """Whether it makes vectors instead of text."""
+
 
 @dataclass(frozen=True)
 class Access:
@@ -395,7 +399,7 @@ class Gateway:
 
     async def _props(self, call: _Call) -> dict[str, Any]:
         """llama-server's settings, without where the model's file lies and with what is closed said to be."""
-        engine = self._find_engine(call.request.query.get("model"))
+        engine = self._find_engine(call.request.query.get("model"), vectors=False)
         call.model = engine.name
         props = await self._get_json(engine, "/props")
         closed = {
@@ -430,8 +434,9 @@ class Gateway:
             raise ApiError(400, "`model` has to be a name.", param="model")
         if not isinstance(asked.get("messages", []), list):  # /v1/messages takes anything for none
             raise ApiError(400, "`messages` has to be a list.", param="messages")
-        engine = self._find_engine(model)
+        engine = self._find_engine(model, routes.wants_vectors(call.path))
         call.model = engine.name
+        _check_ability(engine, call.path)
         conversation = call.request.headers.get(CONVERSATION, "")
         if not call.from_page or asked.get("stream") is not True or not _NAME.fullmatch(conversation):
             conversation = ""
@@ -595,8 +600,10 @@ class Gateway:
             )
         return self._sessions[address]
 
-    def _find_engine(self, name: str | None) -> Engine:
-        engine = find_named(self._engines, name) if name else self._engines[0]
+    def _find_engine(self, name: str | None, vectors: bool | None = None) -> Engine:
+        """The engine of that name; without one the first, or the first that makes what is wanted."""
+        able = [engine for engine in self._engines if vectors is None or engine.embeddings == vectors]
+        engine = find_named(self._engines, name) if name else (able or self._engines)[0]
         if engine is None:
             known = ", ".join(engine.name for engine in self._engines)
             raise ApiError(
@@ -707,6 +714,16 @@ def _refuse_unready(engine: Engine) -> NoReturn:
     raise ApiError(
         503, f"{engine.name} is {word}; try again soon.", SERVER, code=f"engine_{word}", retry_after=RETRY_SECONDS
     )
+
+
+def _check_ability(engine: Engine, path: str) -> None:
+    """Say what a model is for, which llama-server would say in words of its own command line."""
+    wanted = routes.wants_vectors(path)
+    if wanted is None or wanted == engine.embeddings:
+        return
+    makes = "vectors (/v1/embeddings), not text" if engine.embeddings else "text, not vectors"
+    hint = "" if engine.embeddings else " Name an embedding model, or start localmix with `--embeddings`."
+    raise ApiError(400, f"{engine.name} makes {makes}.{hint}", code="unsupported", param="model")
 
 
 def _engine_lost(name: str) -> ApiError:

@@ -22,33 +22,35 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-# POST with a JSON object; both spellings, as llama-server has them
-API = frozenset(
+VECTORS = frozenset(
+    {"/embedding", "/embeddings", "/rerank", "/reranking", "/v1/embeddings", "/v1/rerank", "/v1/reranking"}
+)
+TEXT = frozenset(
     {
-        "/apply-template",
         "/chat/completions",
-        "/chat/completions/input_tokens",
         "/completion",
         "/completions",
-        "/detokenize",
-        "/embedding",
-        "/embeddings",
         "/infill",
-        "/rerank",
-        "/reranking",
         "/responses",
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/messages",
+        "/v1/responses",
+    }
+)
+# POST with a JSON object; both spellings, as llama-server has them
+API = (
+    VECTORS
+    | TEXT
+    | {
+        "/apply-template",
+        "/chat/completions/input_tokens",
+        "/detokenize",
         "/responses/input_tokens",
         "/tokenize",
-        "/v1/chat/completions",
         "/v1/chat/completions/control",
         "/v1/chat/completions/input_tokens",
-        "/v1/completions",
-        "/v1/embeddings",
-        "/v1/messages",
         "/v1/messages/count_tokens",
-        "/v1/rerank",
-        "/v1/reranking",
-        "/v1/responses",
         "/v1/responses/input_tokens",
     }
 )
@@ -114,6 +116,11 @@ def find_place(path: str) -> Place:
     if path.startswith(MODEL_PREFIXES):
         return "model"
     return "page" if _PAGE_FILE.fullmatch(path) else "unknown"
+
+
+def wants_vectors(path: str) -> bool | None:
+    """Whether an endpoint makes vectors, or text; None where any model will do."""
+    return True if path in VECTORS else False if path in TEXT else None
 
 
 def closed_reason(path: str) -> str:

@@ -131,6 +131,21 @@ def test_requests_go_to_the_model_they_name(upstream: Path, server: Server, rand
         assert answer.error["code"] == "engine_failed" and "Retry-After" not in answer.headers
 
 
+def test_a_request_without_a_name_goes_to_who_can_answer_it(upstream: Path, server: Server, random_model: Path) -> None:
+    pooled = ("--embeddings", "--pooling", "mean")
+    with running_server(upstream, random_model, "vectors:F32", *pooled) as vectors:
+        vectors.embeddings = True
+        with running_gateway([vectors, server], Policy(port=0)) as front:
+            made = front.ask("POST", "/v1/embeddings", {"input": "a"})
+            assert len(made.json["data"][0]["embedding"]) == 256
+            assert front.ask("POST", "/v1/completions", {"prompt": "a", "max_tokens": 1}).json["model"] == MODEL
+            assert front.ask("GET", "/props").json["model_alias"] == MODEL
+            for path, body in (("/v1/completions", {"prompt": "a", "model": "vectors"}),
+                               ("/v1/embeddings", {"input": "a", "model": MODEL})):  # fmt: skip
+                error = front.ask("POST", path, body).error
+                assert (error["code"], error["param"]) == ("unsupported", "model") and "makes" in error["message"]
+
+
 # ------- who may ask
 
 
@@ -392,7 +407,6 @@ def test_broken_json_is_told(front: Front, body: bytes) -> None:
         ("/v1/responses", {}, "input"),
         ("/detokenize", {"tokens": [-5]}, None),
         ("/tokenize", {"content": 5}, None),
-        ("/v1/embeddings", {"input": "a"}, None),
     ],
 )
 def test_wrong_types_are_told_with_their_field(front: Front, path: str, change: Any, param: str | None) -> None:

@@ -80,7 +80,8 @@ CLOSED_PREFIXES = {"/slots/": _PRIVATE}
 
 # the names that llama-server's build gives to the page's files; no endpoint ends like one
 _PAGE_FILE = re.compile(
-    r"/(?:(?:_app/(?:immutable/)?)?[A-Za-z0-9_-][\w.-]*\.(?:css|html|ico|js|json|png|svg|txt|webmanifest|webp|woff2?))?"
+    r"/(?:(?:[\w-]+/){0,4}[\w-][\w.-]*\.(?:css|html|ico|jpg|js|json|png|svg|txt|wasm|webmanifest|webp|woff2?))?",
+    re.ASCII,
 )
 
 Place = Literal["api", "health", "models", "model", "props", "stream", "lookup", "page", "closed", "unknown"]

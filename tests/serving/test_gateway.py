@@ -539,6 +539,16 @@ def test_the_page_comes_with_a_policy_and_in_both_encodings(front: Front) -> Non
     assert head.status == 200 and head.body == b"" and int(head.headers["Content-Length"]) == len(plain.body)
 
 
+def test_every_file_of_the_page_comes(front: Front) -> None:
+    worker = front.ask("GET", "/sw.js")
+    if worker.status == 404:
+        pytest.skip("llama-server was built without its page")
+    files = set(re.findall(r'url:"([^"]+)"', worker.body.decode())) | {"index.html", "favicon.ico", "build.json"}
+    assert len(files) > 10
+    for name in sorted(files):
+        assert front.ask("GET", f"/{name.lstrip('./')}").status == 200, name
+
+
 # ------- the log
 
 

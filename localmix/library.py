@@ -29,9 +29,12 @@ DOWNLOADS = ".download"
 _STATE_FILE = "state.json"
 # begins what a model of the hub was made from, as `remember` notes it
 HUB = "hub:"
-# how the field names files, `Mixtral-8x7B-v0.1.Q4_K_M.gguf`; a preset of ours may end with its month
+# how the field names files, `Mixtral-8x7B-v0.1.Q4_K_M.gguf`; a preset of ours may end with its month, and a mixture is
+# called after its target
 _TYPED_NAME = re.compile(
-    r"^(?P<model>.+?)[-.](?P<type>(?:(?:I?Q|TQ)\d\w*|BF16|F16|F32|MXFP4\w*)(?:-\d{4}-\d\d)?)$", re.IGNORECASE
+    r"^(?P<model>.+?)(?:[-.](?P<type>(?:(?:I?Q|TQ)\d\w*|BF16|F16|F32|MXFP4\w*)(?:-\d{4}-\d\d)?)"
+    r"|-(?P<target>\d+\.\d+(?:bpw|[KMG]i?B)|\d{6,}B))$",
+    re.IGNORECASE,
 )
 # of a split file, as llama.cpp names them
 _PART = re.compile(r"-\d{5}(-of-\d{5}\.gguf)$")
@@ -175,7 +178,7 @@ def split_file_name(name: str) -> tuple[str, str]:
     """The model's name and the type that a GGUF file's name tells, wherever it lies; the type may be empty."""
     stem = re.sub(r"\.gguf$", "", _PART_SUFFIX.sub("", name), flags=re.IGNORECASE)
     match = _TYPED_NAME.match(stem)
-    return (match["model"], match["type"].upper()) if match else (stem, "")
+    return (match["model"], match["target"] or match["type"].upper()) if match else (stem, "")
 
 
 def part_suffix(name: str) -> str:
@@ -202,7 +205,7 @@ def split_name(path: Path) -> tuple[str, str]:
     if folder.parent == home() and name.startswith(f"{folder.name}-"):
         return folder.name, name.removeprefix(f"{folder.name}-")
     match = _TYPED_NAME.match(name)
-    return (match["model"], match["type"].upper()) if match else (name, "")
+    return (match["model"], match["target"] or match["type"].upper()) if match else (name, "")
 
 
 def model_name(path: Path) -> str:

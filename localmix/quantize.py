@@ -12,6 +12,9 @@ from localmix.errors import UsageError
 from localmix.gguf_format import ALIGNMENT, DEFAULT_ALIGNMENT
 from localmix.importance import Importance, load_importance
 from localmix.native.devices import default_threads
+from localmix.optimization.choice import Chosen, Rated
+from localmix.optimization.optimizer import Optimized, Request, optimize
+from localmix.optimization.target import Target
 from localmix.plan import Plan, Planner, check_coverage, check_importance, check_quantizable, check_rules, check_split
 from localmix.presets import Preset, Rule, tensor_type
 from localmix.sources.adapter import Lora
@@ -34,6 +37,7 @@ class OutputSummary:
         parts: all files.
         bpw: mean bits of a weight.
         fallbacks: tensors whose columns fit no block of the type that was meant, as `NAME: MEANT -> TYPE`.
+        mixture: of an output that was made for a target, how its types were chosen.
     """
 
     path: Path
@@ -42,6 +46,25 @@ class OutputSummary:
     bytes: int
     bpw: float
     fallbacks: tuple[str, ...]
+    mixture: MixtureSummary | None = None
+
+
+@dataclass(frozen=True)
+class MixtureSummary:
+    """How the types of an output were chosen.
+
+    Attributes:
+        damage: expected divergence from the original, in nats a token.
+        best_preset: the best preset of at most the target's size, by the same measure; None if none is so small.
+        sensitivities, errors: where they are from.
+        preset: with the types, to be applied again.
+    """
+
+    damage: float
+    best_preset: Rated | None
+    sensitivities: str
+    errors: str
+    preset: Preset
 
 
 @dataclass(frozen=True)
@@ -161,10 +184,11 @@ def coverage_notes(importance: Importance) -> list[str]:
 
 def quantize(
     model: Path,
-    outputs: Sequence[tuple[Preset, Path]],
+    outputs: Sequence[tuple[Preset | Target, Path]],
     *,
     imatrix: Path | None = None,
     rules: Sequence[Rule] = (),
+    request: Request | None = None,
     overrides: Sequence[tuple[str, MetaValue]] = (),
     split_bytes: int | None = None,
     allow_requantize: bool = False,
@@ -179,9 +203,10 @@ def quantize(
 
     Args:
         model: checkpoint folder or GGUF file.
-        outputs: presets, each with the file to write.
+        outputs: presets, or targets for which mixtures are chosen, each with the file to write.
         imatrix: the importance matrix, used for every type that can.
         rules: types for tensors by name, before the preset's own.
+        request: how mixtures are chosen; the rules go before what it fixes.
         overrides: metadata entries to set or replace.
         split_bytes: put no more than this into one file; parts get llama.cpp's names.
         allow_requantize: take a source that is already quantized.
@@ -201,9 +226,26 @@ def quantize(
         importance = None
         if imatrix is not None:
             importance = replace(load_importance(imatrix), fill_with_ones=upstream_imatrix)
+        targets = [wanted for wanted, _ in outputs if isinstance(wanted, Target)]
+        found = None
+        if targets:
+            request = request or Request()
+            terms = replace(request.terms, rules=(*rules, *request.terms.rules))
+            found = optimize(
+                source,
+                targets,
+                replace(request, terms=terms),
+                importance=importance,
+                split_bytes=split_bytes,
+                allow_requantize=allow_requantize,
+                threads=threads or default_threads(),
+                progress=progress,
+            )
+        mixtures = dict(zip(targets, found.mixtures, strict=True)) if found else {}
+        presets = [mixtures[wanted].preset if isinstance(wanted, Target) else wanted for wanted, _ in outputs]
         plans, unusual = plan_outputs(
             source,
-            [preset for preset, _ in outputs],
+            presets,
             importance,
             rules,
             split_bytes=split_bytes,
@@ -211,6 +253,7 @@ def quantize(
         )
         paths = [path for _, path in outputs]
         notes = [*source.notes, *unusual, *(coverage_notes(importance) if importance else ())]
+        notes += found.notes if found else ()
         if not dry_run:
             write_outputs(
                 source,
@@ -220,13 +263,21 @@ def quantize(
                 progress=progress,
                 arrivals=arrivals,
             )
-    summaries = tuple(_summary(plan, path) for plan, path in zip(plans, paths, strict=True))
+    summaries = tuple(
+        _summary(plan, path, _describe(mixtures[wanted], found) if found and isinstance(wanted, Target) else None)
+        for plan, (wanted, path) in zip(plans, outputs, strict=True)
+    )
     return Quantized(summaries, time.monotonic() - started, tuple(notes), importance)
 
 
-def _summary(plan: Plan, path: Path) -> OutputSummary:
+def _summary(plan: Plan, path: Path, mixture: MixtureSummary | None) -> OutputSummary:
     parts = plan.paths(path)
-    return OutputSummary(parts[0], parts, plan.type, plan.file_bytes, plan.bits_per_weight, _describe_fallbacks(plan))
+    fallbacks = _describe_fallbacks(plan)
+    return OutputSummary(parts[0], parts, plan.type, plan.file_bytes, plan.bits_per_weight, fallbacks, mixture)
+
+
+def _describe(chosen: Chosen, found: Optimized) -> MixtureSummary:
+    return MixtureSummary(chosen.rated.damage, chosen.best_preset, found.sensitivities, found.errors, chosen.preset)
 
 
 def _describe_fallbacks(plan: Plan) -> tuple[str, ...]:

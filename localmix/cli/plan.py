@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from localmix.cli.console import Console
+from localmix.cli.mixture_options import MixtureWish, mixture_options
 from localmix.cli.parameters import (
     SET,
     TypesOrModel,
@@ -27,6 +28,7 @@ from localmix.cli.parameters import (
     type=click.IntRange(min=1),
     help="Positions of context for the memory need; 4096, less if the model was trained for less.",
 )
+@mixture_options
 @click.option("--ram", metavar="SIZE", help="Check against a machine sold with so much memory; this one by default.")
 @click.option(
     "--kv-type",
@@ -43,11 +45,14 @@ from localmix.cli.parameters import (
     "localmix plan examples/tinymix",
     "localmix plan mistralai/Mixtral-8x7B-v0.1 Q4_K IQ2_XS --ram 16",
     "localmix plan tinymix --set chinese-mixtral --imatrix",
+    "localmix plan tinymix --target 3.5bpw --target 3MiB",
+    "localmix plan mistralai/Mixtral-8x7B-v0.1 --fit 16 --imatrix",
 )
 def command(
     words: tuple[str, ...],
     set_name: str | None,
     context: int | None,
+    wish: MixtureWish,
     ram: str | None,
     kv_type: str,
     imatrix: bool,
@@ -60,6 +65,9 @@ def command(
     SRC is a checkpoint folder, a folder with nothing but a config.json, a GGUF file, or a model of the hub such as
     mistralai/Mixtral-8x7B-v0.1, of which only the heads of the files are read. Without a TYPE all types are planned.
 
+    With --target or --fit the types of the tensors are chosen as `quantize` would, with the importance matrix of the
+    library: shown are the types, and what divergence is expected of them beside the presets of that size.
+
     A type runs well when everything stays in memory. It loads when only its weights, which are read from the file
     again and again, do not: then it is slow.
     """
@@ -71,6 +79,8 @@ def command(
     from localmix.capacity.requirements import Requirements, repacked_bytes
     from localmix.capacity.simulation import Setting
     from localmix.cli.model_argument import located
+    from localmix.cli.plan_mixture import plan_mixtures
+    from localmix.errors import UsageError
     from localmix.plan import Planner
     from localmix.presentation.table import Column, Table, number, size_unit
     from localmix.presets import load_presets
@@ -78,7 +88,10 @@ def command(
     from localmix.sources.open import open_source
 
     console = Console(json)
+    wish, words = wish.take_word(words)
     model, names = sort_out(words, set_name)
+    if wish.is_given and (names or ram is not None):
+        raise UsageError("Types, --set and --ram are not for --target and --fit.", "Plan them apart.")
     names = names or list(load_presets().presets)
     room = memory.machine(memory.parse_gigabytes(ram)) if ram else memory.available()
     floor = memory.machine(memory.FLOOR_GB)
@@ -87,6 +100,12 @@ def command(
         located(console, model, library.Purpose.SOURCE) as found,
         open_source(found.path, loras=adapters) as source,
     ):
+        if wish.is_given:
+            here = not found.files and not adapters
+            wish = wish.timed(console, None)
+            matrix = library.find_imatrix(found.path) if here else None
+            plan_mixtures(console, source, found.name, wish, matrix, imatrix, context, kv_type, markdown)
+            return
         context = context or min(memory.DEFAULT_CONTEXT, memory.trained_context(source))
         planner = Planner(source)
         plans = [planner.plan(load_presets().find(name), has_imatrix=imatrix) for name in names]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from localmix.cli.console import WEIGHTS, Console
+from localmix.cli.mixture_options import MixtureWish, mixture_options
 from localmix.cli.parameters import (
     FILE,
     MODEL,
@@ -23,13 +24,33 @@ from localmix.cli.parameters import (
 )
 
 if TYPE_CHECKING:
+    from localmix.optimization.target import Target
     from localmix.presets import Preset, Presets
+    from localmix.quantize import OutputSummary
+    from localmix.sources.adapter import Lora
     from localmix.sources.remote import Remote
 
 
 @click.command()
 @click.argument("types", metavar="TYPE[,TYPE…]", type=TYPES, required=False)
 @click.argument("model", metavar="[SRC]", type=MODEL, required=False)
+@mixture_options
+@click.option(
+    "--save-recipe", type=FILE, metavar="FILE", help="With --target: write the mixture as a preset for --presets."
+)
+@click.option(
+    "--ctx",
+    "context",
+    type=click.IntRange(min=1),
+    help="With --fit: positions of context that are to fit, too; 4096 by default.",
+)
+@click.option(
+    "--kv-type",
+    type=click.Choice(["f16", "q8_0", "q4_0"]),
+    default="f16",
+    show_default=True,
+    help="With --fit: type of the KV cache.",
+)
 @click.option(
     "-o",
     "--output",
@@ -79,11 +100,18 @@ if TYPE_CHECKING:
     "localmix quantize Q8_0 ~/models/Mixtral-8x7B-v0.1 --split-max-size 20GiB -o /mnt/usb",
     "localmix quantize Q4_K mistralai/Mixtral-8x7B-v0.1",
     "localmix quantize Q4_K ~/models/Mixtral-8x7B-v0.1 --lora ~/adapters/chinese-mixtral-lora",
+    "localmix quantize tinymix --target 3.5bpw --save-recipe tinymix-recipe.yaml",
+    "localmix quantize ~/models/Mixtral-8x7B-v0.1 --target 12GiB --sensitivity mixtral.sensitivities.json",
+    "localmix quantize tinymix --fit 16 --ctx 8192 --min output=Q6_K --types fast",
     "localmix quantize --list",
 )
 def command(
     types: str | None,
     model: str | None,
+    wish: MixtureWish,
+    save_recipe: Path | None,
+    context: int | None,
+    kv_type: str,
     output: Path | None,
     imatrix: Path | None,
     no_imatrix: bool,
@@ -108,16 +136,22 @@ def command(
     SRC is a checkpoint folder or a GGUF file in BF16, F16 or F32. Q3_K, Q4_K and Q5_K mean the _M mixture.
     A run that was killed goes on where it was when the same command is given again.
 
+    With --target or --fit the type of each tensor is chosen, so that as little as possible is lost for the size: no
+    TYPE is needed then. How much each type would lose is sampled from the weights; how much that matters is told by
+    --sensitivity, or by what was measured on other models.
+
     SRC may be a model of the hub, such as mistralai/Mixtral-8x7B-v0.1: its shards are quantized as they come and
     deleted, so that the disk needs room for the outputs and two shards. The library's importance matrix is not
     used then; name one with --imatrix.
     """
+    from dataclasses import replace
+
     from localmix import library
     from localmix.cli.model_argument import adapted, arriving_model, find_model_of_hub
     from localmix.downloads.arrivals import arriving_name
-    from localmix.errors import UsageError
+    from localmix.errors import FileError, UsageError
     from localmix.presentation.table import Column, Table, number, size, size_unit
-    from localmix.presets import load_presets
+    from localmix.presets import load_presets, tensor_type
     from localmix.quantize import parse_override, parse_rule, quantize
     from localmix.sources.adapter import parse_lora
     from localmix.sources.remote import heads
@@ -127,18 +161,29 @@ def command(
     if show_list:
         _show_list(console, known)
         return
-    if types is None:
-        raise UsageError("No type was named.", "`localmix quantize --list` shows them all.")
-    names = parse_types(types, known)
+    wish, words = wish.take_word(tuple(word for word in (types, model) if word is not None))
+    types, model = _sort_out(words, known, wish)
+    names = parse_types(types, known) if types is not None else []
+    if save_recipe is not None and not save_recipe.parent.is_dir():
+        raise FileError(
+            f"The folder of {save_recipe} does not exist.", f"Make it with `mkdir -p {save_recipe.parent}`."
+        )
+    if save_recipe is not None and not wish.is_given:
+        raise UsageError("--save-recipe is for a mixture that is chosen.", "Say how large with --target or --fit.")
+    if (context is not None or kv_type != "f16") and wish.fit is None:
+        raise UsageError("--ctx and --kv-type are for --fit.", "A file's size does not depend on the context.")
+    if pure and wish.is_given:
+        raise UsageError("--pure gives all tensors one type, and --target chooses one for each.")
     if imatrix is not None and no_imatrix:
         raise UsageError("--imatrix and --no-imatrix contradict each other.")
     remote = find_model_of_hub(model)
     if keep and remote is None:
         raise UsageError("--keep is for a model that comes from the hub.")
     path = library.resolve(model, library.Purpose.SOURCE) if remote is None else Path(arriving_name(remote))
-    if output is not None and len(names) > 1 and not output.is_dir():
+    count = len(names) + len(wish.targets) + (wish.fit is not None)
+    if output is not None and count > 1 and not output.is_dir():
         raise UsageError(
-            f"{len(names)} types make {len(names)} files, and {output} is not a folder.",
+            f"{count} types make {count} files, and {output} is not a folder.",
             f"Make it with `mkdir -p {output}`.",
         )
     if split_max_size is not None and output is None:
@@ -146,9 +191,20 @@ def command(
     presets = [_changed(known.find(name), output_type, embedding_type, pure) for name in names]
     adapters = [parse_lora(lora) for lora in loras]
     named = adapted(path, adapters)
-    outputs = [(preset, _output(named, None if adapters else remote, output, preset.name)) for preset in presets]
-    if imatrix is None and not no_imatrix and remote is None and any(preset.imatrix != "unused" for preset in presets):
+    targets = list(wish.targets)
+    if wish.fit is not None:
+        targets.append(_fit(console, wish, path, remote, adapters, context, kv_type))
+    wanted: list[Preset | Target] = [*presets, *targets]
+    outputs = [(each, _output(named, None if adapters else remote, output, each.name)) for each in wanted]
+    gains = bool(targets) or any(preset.imatrix != "unused" for preset in presets)
+    if imatrix is None and not no_imatrix and remote is None and gains:
         imatrix = library.find_imatrix(named)
+    wish = wish.timed(console, threads)
+    terms = replace(
+        wish.request.terms,
+        output=tensor_type(output_type) if output_type else None,
+        embedding=tensor_type(embedding_type) if embedding_type else None,
+    )
     with ExitStack() as stack:
         if not dry_run:
             stack.enter_context(library.room_for(outputs[0][1]))
@@ -165,6 +221,7 @@ def command(
             outputs,
             imatrix=imatrix,
             rules=[parse_rule(rule) for rule in rules],
+            request=replace(wish.request, terms=terms),
             overrides=[parse_override(override) for override in overrides],
             split_bytes=parse_size(split_max_size) if split_max_size is not None else None,
             allow_requantize=allow_requantize,
@@ -180,6 +237,9 @@ def command(
         made_from = None if adapters else path  # not from that alone
         library.remember([summary.path for summary in quantized.outputs], source=made_from, repository=repository)
 
+    mixtures = [summary for summary in quantized.outputs if summary.mixture is not None]
+    if save_recipe is not None:
+        _save_recipe(save_recipe, mixtures)
     importance = quantized.importance
     if importance is not None:
         told = f"{importance.chunk_count} chunks of {', '.join(importance.datasets)}"
@@ -187,6 +247,8 @@ def command(
         console.note(f"With the importance matrix {imatrix}: {told}{covered}.")
     for note in quantized.notes:
         console.warn(note)
+    for summary in mixtures:
+        _tell_mixture(console, summary)
     for summary in quantized.outputs:
         if summary.fallbacks:
             console.warn(
@@ -223,6 +285,82 @@ def command(
         },
     }
     console.result(document, draw)
+
+
+def _sort_out(words: tuple[str, ...], known: Presets, wish: MixtureWish) -> tuple[str | None, str | None]:
+    """TYPES and SRC; where sizes are named, the word that is no type is SRC.
+
+    Raises:
+        UsageError: no type and no size is named, or there are too many words.
+    """
+    from localmix.errors import UsageError
+
+    if len(words) > 2:
+        raise UsageError(f"{words[2]!r} is one argument too many.", "Name types and one model.")
+    if not wish.is_given:
+        if not words:
+            raise UsageError("No type was named.", "`localmix quantize --list` shows them all.")
+        return words[0], (words[1] if len(words) > 1 else None)
+    types = [word for word in words if _names_types(word, known)]
+    if len(words) == 2 and not types:
+        parse_types(words[0], known)
+    kind = types[0] if types else None
+    rest = [word for word in words if word != kind]
+    return kind, (rest[0] if rest else None)
+
+
+def _names_types(word: str, known: Presets) -> bool:
+    from localmix.errors import UsageError
+
+    try:
+        return bool(parse_types(word, known))
+    except UsageError:
+        return False
+
+
+def _fit(
+    console: Console,
+    wish: MixtureWish,
+    path: Path,
+    remote: Remote | None,
+    loras: list[Lora],
+    context: int | None,
+    kv_type: str,
+) -> Target:
+    """The target of --fit, told with what it leaves room for."""
+    from localmix.sources.open import open_source
+    from localmix.sources.remote import heads
+
+    with ExitStack() as stack:
+        if remote is not None:
+            path = stack.enter_context(heads(remote)).path
+        found = wish.fitting(stack.enter_context(open_source(path, loras=loras)), context, kv_type)
+    console.note(found.describe())
+    return found.target
+
+
+def _save_recipe(path: Path, mixtures: list[OutputSummary]) -> None:
+    from localmix.errors import InputError
+    from localmix.optimization.recipe import write_recipes
+
+    recipes = [summary.mixture.preset for summary in mixtures if summary.mixture is not None]
+    plain = [preset.name for preset in recipes if preset.recipe is None]
+    if plain:
+        raise InputError(f"{plain[0]} is a preset as it is, so there is no recipe to save.", "Quantize to that preset.")
+    write_recipes(path, recipes)
+
+
+def _tell_mixture(console: Console, summary: OutputSummary) -> None:
+    """What a mixture was chosen by, and what it is expected to gain."""
+    from localmix.presentation.table import number, size
+
+    mixture = summary.mixture
+    assert mixture is not None
+    best = mixture.best_preset
+    told = f"{summary.type}: expected divergence {number(mixture.damage, 4)}"
+    if best is not None:
+        told += f"; the best preset of at most this size, {best.name} ({size(best.bytes)}): {number(best.damage, 4)}"
+    console.note(f"{told}. Sensitivities: {mixture.sensitivities}; errors: {mixture.errors}.")
 
 
 def _output(source: Path, remote: Remote | None, output: Path | None, kind: str) -> Path:

@@ -15,9 +15,9 @@ from typing import Protocol
 
 import numpy as np
 
-from localmix.errors import InputError, UsageError
+from localmix.errors import CapacityError, InputError, LocalmixError, UsageError
 from localmix.gguf_format import padded, tensor_bytes
-from localmix.optimization.freedom import K_TYPES, Freedom
+from localmix.optimization.freedom import K_TYPES, Freedom, Terms
 from localmix.optimization.knapsack import Choice, Losses, Sizes, solve
 from localmix.optimization.recipe import fold_rules
 from localmix.optimization.sampled_error import Errors, can_hold
@@ -118,13 +118,23 @@ class Chooser:
         presets: to compare with, and to begin with.
         errors: relative errors of `freedom.quantizable`, for `freedom.wanted_types`.
         sensitivities: of the model's tensors.
+        seconds: of one weight in generation, by type, of those that are chosen from. Then no mixture is slower than the
+            best K-quant preset of at most its size. Without them only the size counts.
 
     Attributes:
         rated: the presets that this model can have, from the largest on.
     """
 
-    def __init__(self, freedom: Freedom, presets: Presets, errors: Errors, sensitivities: Sensitivity) -> None:
+    def __init__(
+        self,
+        freedom: Freedom,
+        presets: Presets,
+        errors: Errors,
+        sensitivities: Sensitivity,
+        seconds: Mapping[TensorType, float] | None = None,
+    ) -> None:
         self._freedom = freedom
+        self._speeds = seconds
         self._errors = errors
         self._sensitivities = sensitivities
         self._options = [freedom.options(tensor, errors[tensor.name]) for tensor in freedom.free]
@@ -149,8 +159,8 @@ class Chooser:
 
     def _time(self, tensor: TensorInfo, kind: TensorType) -> float:
         """Seconds that a tensor takes of a token in generation."""
-        source, seconds = self._freedom.source, self._freedom.wish.seconds
-        if not seconds:
+        source = self._freedom.source
+        if self._speeds is None:
             return 0.0
         tied = not any(other.name == "output.weight" for other in source.tensors)
         if tensor.name.startswith("token_embd") and not tied:
@@ -158,7 +168,7 @@ class Chooser:
         share = 1.0
         if len(tensor.shape) == 3:
             share = source.number("{arch}.expert_used_count", tensor.shape[0]) / tensor.shape[0]
-        return tensor.elements * share * seconds[kind]
+        return tensor.elements * share * self._speeds.get(kind, 0.0)
 
     def _candidate(self, preset: Preset) -> _Candidate | None:
         """A general preset as it would be for this model; None where it cannot be had, or not be rated."""
@@ -184,7 +194,7 @@ class Chooser:
             sum(self._damage(tensor, types[tensor.name]) for tensor in tensors),
             plan.file_bytes,
             plan.bits_per_weight,
-            sum(self._time(tensor, types[tensor.name]) for tensor in tensors) if self._freedom.wish.seconds else None,
+            sum(self._time(tensor, types[tensor.name]) for tensor in tensors) if self._speeds is not None else None,
         )
 
     def choose(self, target: Target) -> Chosen:
@@ -192,6 +202,7 @@ class Chooser:
 
         Raises:
             UsageError: the target is below the smallest mixture, or above the model as it is.
+            CapacityError: the machine that it is for is too small for the smallest mixture.
         """
         freedom = self._freedom
         limit = target.limit(freedom.source.parameters)
@@ -243,7 +254,7 @@ class Chooser:
             for found in self._candidates
             if target.measure(found.plan) <= limit and self._options_of(found) is not None
         ]
-        if not self._freedom.wish.seconds:
+        if self._speeds is None:
             return within, math.inf
         names = {tensor.name: tensor.type for tensor in self._freedom.free}
         usual = [found for found in within if all(found.types[name] in (*K_TYPES, own) for name, own in names.items())]
@@ -338,10 +349,15 @@ class Chooser:
             options[row] = kinds.index(candidate.types[tensor.name])
         return options
 
-    def _too_small(self, target: Target, smallest: _Found) -> UsageError:
+    def _too_small(self, target: Target, smallest: _Found) -> LocalmixError:
         told = target.describe(smallest.counted, self._freedom.source.parameters)
-        wish = self._freedom.wish
-        if wish.types is not None or wish.minima or wish.rules or wish.output or wish.embedding:
+        if target.room:
+            return CapacityError(
+                f"No mixture of this model fits into {target.room}: the smallest has {told},"
+                f" and {target.name} are left.",
+                "A shorter --ctx or a smaller --kv-type leaves more.",
+            )
+        if self._freedom.terms != Terms():
             hint = "Allow smaller types."
         elif not self._freedom.has_imatrix:
             hint = "With an importance matrix there are smaller types: `localmix imatrix` makes one."

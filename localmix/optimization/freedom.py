@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from localmix.errors import UsageError
 from localmix.importance import Importance
@@ -46,7 +46,7 @@ TYPES = (
 
 
 @dataclass(frozen=True)
-class Wish:
+class Terms:
     """What is fixed before anything is chosen.
 
     Attributes:
@@ -54,8 +54,6 @@ class Wish:
         minima: tensors that match a pattern get no type of fewer bits than this one; the first match decides.
         rules: types that tensors have by name; they are not chosen.
         output, embedding: types of output.weight and token_embd.weight, likewise.
-        seconds: of one weight in generation, by type. Then no mixture is slower than the best K-quant preset of at most
-            its size. Empty where only the size counts.
     """
 
     types: tuple[TensorType, ...] | None = None
@@ -63,7 +61,6 @@ class Wish:
     rules: tuple[Rule, ...] = ()
     output: TensorType | None = None
     embedding: TensorType | None = None
-    seconds: Mapping[TensorType, float] = field(default_factory=dict)
 
 
 class Freedom:
@@ -88,21 +85,21 @@ class Freedom:
     def __init__(
         self,
         source: Source,
-        wish: Wish | None = None,
+        terms: Terms | None = None,
         *,
         importance: Importance | None = None,
         has_imatrix: bool = False,
         split_bytes: int | None = None,
     ) -> None:
         self.source = source
-        self.wish = wish or Wish()
+        self.terms = terms or Terms()
         self.has_imatrix = has_imatrix or importance is not None
         self._planner = Planner(source)
         self._importance = importance
         self._split_bytes = split_bytes
-        changing, _ = self._compare(Wish())
+        changing, _ = self._compare(Terms())
         self.quantizable = [tensor for tensor in source.tensors if tensor.name in changing]
-        free, types = self._compare(self.wish)
+        free, types = self._compare(self.terms)
         self.free = [tensor for tensor in self.quantizable if tensor.name in free]
         self.fixed = {name: kind for name, kind in types.items() if name not in free}
         self._minima = self._find_minima()
@@ -119,17 +116,17 @@ class Freedom:
 
     def adapt(self, preset: Preset) -> Preset:
         """A preset with the types that the user fixed."""
-        return _adapt(preset, self.wish)
+        return _adapt(preset, self.terms)
 
-    def _compare(self, wish: Wish) -> tuple[set[str], dict[str, TensorType]]:
+    def _compare(self, terms: Terms) -> tuple[set[str], dict[str, TensorType]]:
         """Names of the tensors whose type depends on the mixture, as llama.cpp says, and the types under one."""
-        plans = [self.plan(_adapt(Preset(base, base, pure=True), wish)) for base in ("Q8_0", "Q4_0")]
+        plans = [self.plan(_adapt(Preset(base, base, pure=True), terms)) for base in ("Q8_0", "Q4_0")]
         one, other = ({tensor.info.name: tensor.type for tensor in plan.tensors} for plan in plans)
         return {name for name, kind in one.items() if other[name] != kind}, one
 
     def _find_minima(self) -> dict[str, TensorType]:
         minima: dict[str, TensorType] = {}
-        for rule in self.wish.minima:
+        for rule in self.terms.minima:
             matched = self._matches(rule)
             if not matched:
                 raise UsageError(
@@ -151,7 +148,7 @@ class Freedom:
         """Sentences on minima that do nothing, because the tensors that they match are never quantized."""
         names = {tensor.name for tensor in self.free}
         notes = []
-        for rule in self.wish.minima:
+        for rule in self.terms.minima:
             matched = self._matches(rule)
             if not names.intersection(matched):
                 notes.append(
@@ -164,7 +161,7 @@ class Freedom:
     def wanted_types(self) -> set[TensorType]:
         """The types whose errors have to be known: those to choose from, those of the presets, and the fixed ones."""
         fixed = {self.fixed[tensor.name] for tensor in self.quantizable if tensor.name in self.fixed}
-        return {*TYPES, *(self.wish.types or ()), *fixed}
+        return {*TYPES, *(self.terms.types or ()), *fixed}
 
     def options(self, tensor: TensorInfo, errors: Mapping[TensorType, float]) -> list[TensorType]:
         """The types that a free tensor may get: of those to choose from, or of all where it can hold none of them.
@@ -173,8 +170,8 @@ class Freedom:
             errors: those of the types that the tensor can hold.
         """
         least = self._minima.get(tensor.name)
-        own = (tensor.type,) if self.wish.types is None else ()
-        for kinds in ((*(self.wish.types or TYPES), *own), (*TYPES, tensor.type)):
+        own = (tensor.type,) if self.terms.types is None else ()
+        for kinds in ((*(self.terms.types or TYPES), *own), (*TYPES, tensor.type)):
             known = [kind for kind in dict.fromkeys(kinds) if kind in errors or kind == tensor.type]
             held = [kind for kind in known if least is None or _bits(kind) >= _bits(least)]
             if held:
@@ -182,12 +179,12 @@ class Freedom:
         return [tensor.type]
 
 
-def _adapt(preset: Preset, wish: Wish) -> Preset:
+def _adapt(preset: Preset, terms: Terms) -> Preset:
     return replace(
         preset,
-        rules=(*wish.rules, *preset.rules),
-        output=wish.output or preset.output,
-        embedding=wish.embedding or preset.embedding,
+        rules=(*terms.rules, *preset.rules),
+        output=terms.output or preset.output,
+        embedding=terms.embedding or preset.embedding,
     )
 
 

@@ -75,7 +75,7 @@ def relative_errors(
         tensors: those of the source to look at; by default all that have rows and columns.
         weights: how many of each tensor to take, in whole rows spread over all of it, at least one of each expert.
         threads: tensors in work at once.
-        progress: called with (tensors done, tensors in all, tensor's name).
+        progress: called with (weights done, weights in all, tensor's name).
 
     Returns:
         By tensor and type: 0 for a type that keeps all, 1 for one as bad as zeros. A type that overflows is left out.
@@ -89,6 +89,7 @@ def relative_errors(
     with ThreadPoolExecutor(threads, thread_name_prefix="sample") as pool:
         futures = {pool.submit(_errors_of, source, tensor, kinds, importance, weights): tensor for tensor in chosen}
         try:
+            counts = {tensor.name: sum(map(len, sampled_rows(tensor, weights))) * tensor.columns for tensor in chosen}
             waiting, done = set(futures), 0
             while waiting:
                 # short, so that Ctrl-C is heard
@@ -96,9 +97,9 @@ def relative_errors(
                 for future in finished:
                     tensor = futures[future]
                     found[tensor.name] = future.result()
-                    done += 1
+                    done += counts[tensor.name]
                     if progress:
-                        progress(done, len(chosen), tensor.name)
+                        progress(done, sum(counts.values()), tensor.name)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

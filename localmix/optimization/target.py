@@ -32,11 +32,13 @@ class Target:
         name: as files are called after it: `12.0GiB`, `3.50bpw`.
         bytes: of all files, heads and padding counted; None for bits.
         bits: mean bits of a weight, as `llama-quantize` counts them: without head and padding; None for bytes.
+        room: what it is to fit into, for people; empty for a target that the user named.
     """
 
     name: str
     bytes: int | None = None
     bits: float | None = None
+    room: str = ""
 
     def limit(self, parameters: int) -> int:
         """The bytes that `measure` may give."""

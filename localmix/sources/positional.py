@@ -242,6 +242,11 @@ class PositionalFile:
         return self._stand_in.head if self._stand_in else 0
 
     @property
+    def is_stand_in(self) -> bool:
+        """Whether it stands for a file on the hub."""
+        return self._stand_in is not None
+
+    @property
     def identity(self) -> str:
         """As the function of that name."""
         if self._stand_in is not None:
@@ -253,6 +258,19 @@ class PositionalFile:
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
+
+
+def is_stand_in(path: Path) -> bool:
+    """Whether a file stands for one on the hub.
+
+    Raises:
+        InputError, FileError: as `PositionalFile`.
+    """
+    file = PositionalFile(path)
+    try:
+        return file.is_stand_in
+    finally:
+        file.close()
 
 
 def identity(path: Path) -> str:

@@ -12,7 +12,7 @@ from localmix.errors import InputError, UsageError
 from localmix.gguf_format import read_header
 from localmix.importance import Entry, Importance, write_importance
 from localmix.optimization.choice import Chooser
-from localmix.optimization.freedom import K_TYPES, TYPES, Freedom, Wish
+from localmix.optimization.freedom import K_TYPES, TYPES, Freedom, Terms
 from localmix.optimization.recipe import describe_rules
 from localmix.optimization.sampled_error import can_hold, relative_errors
 from localmix.optimization.target import parse_target
@@ -52,13 +52,20 @@ def tinymix(tinymix_bf16: Path) -> Source:
     return open_source(tinymix_bf16)
 
 
-def chooser(source: Source, wish: Wish | None = None, *, with_importance: bool = True, **nats: float) -> Chooser:
+def chooser(
+    source: Source,
+    terms: Terms | None = None,
+    *,
+    with_importance: bool = True,
+    seconds: Mapping[TensorType, float] | None = None,
+    **nats: float,
+) -> Chooser:
     importance = importance_of(source) if with_importance else None
-    freedom = Freedom(source, wish, importance=importance)
+    freedom = Freedom(source, terms, importance=importance)
     errors = relative_errors(
         source, freedom.wanted_types, importance, tensors=freedom.quantizable, weights=1 << 13, threads=1
     )
-    return Chooser(freedom, load_presets(), errors, Sensitivities(nats))
+    return Chooser(freedom, load_presets(), errors, Sensitivities(nats), seconds)
 
 
 @pytest.fixture(scope="module")
@@ -135,12 +142,12 @@ def test_without_an_importance_matrix_nothing_is_chosen_that_needs_one(tinymix: 
 
 
 def test_minima_and_fixed_types_are_kept(tinymix: Source) -> None:
-    wish = Wish(
+    terms = Terms(
         minima=(Rule("attn_v", TensorType.Q6_K), Rule("token_embd", TensorType.IQ4_XS)),
         rules=(Rule("blk.1.ffn_up_exps", TensorType.Q5_0),),
         output=TensorType.Q8_0,
     )
-    chosen = chooser(tinymix, wish).choose(parse_target("3.5bpw"))
+    chosen = chooser(tinymix, terms).choose(parse_target("3.5bpw"))
     types = {tensor.info.name: tensor.type for tensor in chosen.plan.tensors}
     sizes = {tensor.info.name: tensor.bytes * 8 / tensor.info.elements for tensor in chosen.plan.tensors}
     assert all(sizes[f"blk.{layer}.attn_v.weight"] >= 6.5625 for layer in range(3))
@@ -150,24 +157,24 @@ def test_minima_and_fixed_types_are_kept(tinymix: Source) -> None:
 
 
 def test_a_minimum_that_does_nothing_is_told(tinymix: Source) -> None:
-    freedom = Freedom(tinymix, Wish(minima=(Rule("ffn_gate_inp", TensorType.Q8_0),)))
+    freedom = Freedom(tinymix, Terms(minima=(Rule("ffn_gate_inp", TensorType.Q8_0),)))
     assert "stays F32 in any case" in freedom.notes()[0]
     with pytest.raises(UsageError, match="matches no tensor"):
-        Freedom(tinymix, Wish(minima=(Rule("nothing", TensorType.Q8_0),)))
+        Freedom(tinymix, Terms(minima=(Rule("nothing", TensorType.Q8_0),)))
     with pytest.raises(UsageError, match="no regular expression"):
-        Freedom(tinymix, Wish(minima=(Rule("(", TensorType.Q8_0),)))
+        Freedom(tinymix, Terms(minima=(Rule("(", TensorType.Q8_0),)))
 
 
-def test_only_wished_types_are_chosen(tinymix: Source) -> None:
-    chosen = chooser(tinymix, Wish(types=K_TYPES)).choose(parse_target("4.5bpw"))
+def test_only_given_types_are_chosen(tinymix: Source) -> None:
+    chosen = chooser(tinymix, Terms(types=K_TYPES)).choose(parse_target("4.5bpw"))
     assert {tensor.type for tensor in chosen.plan.tensors} <= {TensorType.F32, *K_TYPES}
 
 
-def test_columns_that_fit_none_of_the_wished_types_get_another(tmp_path: Path) -> None:
+def test_columns_that_fit_none_of_the_given_types_get_another(tmp_path: Path) -> None:
     path = write_random_model(tmp_path / "narrow.gguf", feed_forward=96, layers=1)
     with open_source(path) as source:
-        wish = Wish(types=(TensorType.Q2_K, TensorType.Q4_K))
-        plan = chooser(source, wish, with_importance=False).choose(parse_target("4.5bpw")).plan
+        terms = Terms(types=(TensorType.Q2_K, TensorType.Q4_K))
+        plan = chooser(source, terms, with_importance=False).choose(parse_target("4.5bpw")).plan
     types = {tensor.info.name: tensor.type for tensor in plan.tensors}
     assert types["blk.0.ffn_up_exps.weight"] in (TensorType.Q2_K, TensorType.Q4_K)
     assert types["blk.0.ffn_down_exps.weight"] in TYPES
@@ -176,7 +183,7 @@ def test_columns_that_fit_none_of_the_wished_types_get_another(tmp_path: Path) -
 
 def test_with_speeds_it_is_no_slower_than_the_best_k_quant_of_its_size(tinymix: Source) -> None:
     seconds = {kind: 1e-11 * (4 if kind.name.startswith("I") else 1) for kind in (*TYPES, TensorType.BF16)}
-    fast = chooser(tinymix, Wish(seconds=seconds))
+    fast = chooser(tinymix, seconds=seconds)
     usual = chooser(tinymix)
     by_name = {preset.name: preset for preset in fast.rated}
     faster = 0

@@ -135,11 +135,11 @@ def test_a_nan_in_a_sampled_row_is_named(tmp_path: Path) -> None:
         relative_errors(source, [TensorType.Q8_0], weights=ALL)
 
 
-def test_progress_counts_tensors(random_model: Path) -> None:
+def test_progress_counts_weights(random_model: Path) -> None:
     seen: list[tuple[int, int]] = []
     with open_source(random_model) as source:
         relative_errors(
             source, [TensorType.Q8_0], weights=1, progress=lambda done, all_, name: seen.append((done, all_))
         )
-    assert [done for done, _ in seen] == list(range(1, len(seen) + 1))
+    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
     assert seen[-1][0] == seen[-1][1]

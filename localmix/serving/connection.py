@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,9 @@ LINGER_SECONDS = 1.0
 # what the kernel holds for a client that does not read: a stream shows soon that nobody follows it
 SEND_BUFFER_BYTES = 65536
 # above what the gateway writes before it looks how much is left, so that no write of aiohttp's waits for ever
-WRITE_LIMIT_BYTES = 4 << 20
+WRITE_LIMIT_BYTES = 512 << 10
+# more than this unsent, and the engine has to wait for the client, who is looked at so often
+UNSENT_BYTES, LOOK_SECONDS = 65536, 0.25
 
 _bugs = logging.getLogger("localmix.serving")
 
@@ -32,9 +35,20 @@ class Connection(web.RequestHandler):
         head_seconds: from the first byte of a head to its last; the first request's from the connection's beginning.
         is_full: whether one more is too many.
         refused: told the status of what ended before it was a request.
+        stall_seconds: after which a client is dropped that reads nothing of what waits for it.
     """
 
-    __slots__ = ("_deadline", "_has_sent", "_head_seconds", "_is_full", "_refused", "_seen", "is_busy")
+    __slots__ = (
+        "_deadline",
+        "_has_sent",
+        "_head_seconds",
+        "_is_full",
+        "_refused",
+        "_stall_seconds",
+        "_unread",
+        "_watch",
+        "is_busy",
+    )
 
     def __init__(
         self,
@@ -44,6 +58,7 @@ class Connection(web.RequestHandler):
         idle_seconds: float,
         is_full: Callable[[], bool],
         refused: Callable[[str, int], None],
+        stall_seconds: float,
     ) -> None:
         super().__init__(
             server,
@@ -62,6 +77,9 @@ class Connection(web.RequestHandler):
         self._refused = refused
         self._deadline: asyncio.TimerHandle | None = None
         self._has_sent = False
+        self._stall_seconds = stall_seconds
+        self._unread = 0
+        self._watch: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -75,6 +93,7 @@ class Connection(web.RequestHandler):
             own.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         super().connection_made(transport)
         self._await_head()
+        self._look_again(transport)
 
     def data_received(self, data: bytes) -> None:
         self._has_sent = True
@@ -84,6 +103,8 @@ class Connection(web.RequestHandler):
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._cancel_deadline()
+        if self._watch is not None:
+            self._watch.cancel()
         super().connection_lost(exc)
 
     def begin(self) -> None:
@@ -120,6 +141,18 @@ class Connection(web.RequestHandler):
         name = self.peername
         return str(name[0]) if isinstance(name, tuple) else ""
 
+    def _look_again(self, transport: asyncio.Transport) -> None:
+        self._watch = asyncio.get_running_loop().call_later(self._stall_seconds, self._look, transport)
+
+    def _look(self, transport: asyncio.Transport) -> None:
+        """Drop a client that left as much unread as the last time; closing would wait till it has read."""
+        unread = transport.get_write_buffer_size()
+        if unread and unread == self._unread:
+            transport.abort()
+            return
+        self._unread = unread
+        self._look_again(transport)
+
     def _await_head(self) -> None:
         self._deadline = asyncio.get_running_loop().call_later(self._head_seconds, self._give_up)
 
@@ -146,6 +179,40 @@ class Connection(web.RequestHandler):
         head += [f"{name}: {value}" for name, value in response.headers.items() if name != "Content-Length"]
         transport.write("\r\n".join(head).encode("latin-1") + b"\r\n\r\n" + body)
         transport.close()
+
+
+class Stalled(Exception):
+    """A client has not read for too long."""
+
+
+class Unread:
+    """How much of a stream its client has left unread, and for how long.
+
+    Args:
+        seconds: how long nothing may move.
+    """
+
+    def __init__(self, request: web.BaseRequest, seconds: float) -> None:
+        self._transport = request.transport
+        self._seconds = seconds
+        self._sent = -1
+        self._moved = 0.0
+
+    async def check(self, written: int) -> None:
+        """Wait while too much is unsent.
+
+        Raises:
+            Stalled: nothing was taken for too long.
+        """
+        while self._transport is not None and (left := self._transport.get_write_buffer_size()):
+            now = time.monotonic()
+            if written - left > self._sent:
+                self._sent, self._moved = written - left, now
+            elif now - self._moved > self._seconds:
+                raise Stalled
+            if left <= UNSENT_BYTES or self._transport.is_closing():
+                return
+            await asyncio.sleep(LOOK_SECONDS)
 
 
 def error_response(error: ApiError, *, close: bool = False) -> web.Response:

@@ -27,20 +27,17 @@ from aiohttp import web
 from localmix.errors import UsageError
 from localmix.serving import routes
 from localmix.serving.api_errors import PERMISSION, RETRY_SECONDS, SERVER, ApiError, engine_error
-from localmix.serving.connection import Connection, error_response, socket_address
+from localmix.serving.connection import Connection, Stalled, Unread, error_response, socket_address
 from localmix.serving.conversations import Conversations
 from localmix.serving.model_names import find_named
 from localmix.serving.policy import Policy, allowed_cors_headers
+from localmix.serving.request_body import read_object
 
 EngineState = Literal["loading", "ready", "restarting", "failed"]
 End = Literal["done", "client left", "client stalled", "engine lost", "cut"]
 
 CONNECT_SECONDS = 5.0
 STOP_SECONDS = 2.0
-# more than this unsent, and the engine has to wait for the client
-UNSENT_BYTES = 65536
-LOOK_SECONDS = 0.25  # how often it is looked at meanwhile
-NESTING = 64  # deeper JSON means no request; llama-server walks it by recursion
 LOGGED_PATH = 200
 ENGINE_LOST = "engine_unavailable"
 CONVERSATION = "X-Conversation-Id"
@@ -135,9 +132,9 @@ class _Call:
     bytes_out: int = 0
     end: End = "done"
 
-
-class _Stalled(Exception):
-    """A client has not read for too long."""
+    def count_in(self, size: int) -> None:
+        """So much of the body has come."""
+        self.bytes_in += size
 
 
 class Gateway:
@@ -176,6 +173,7 @@ class Gateway:
                 idle_seconds=self._policy.idle_seconds,
                 is_full=lambda: len(server.connections) >= self._policy.connections,
                 refused=self._note_refusal,
+                stall_seconds=self._policy.stall_seconds,
             )
 
         host, port = self._policy.host, self._policy.port
@@ -241,11 +239,14 @@ class Gateway:
         try:
             response = await self._respond(call)
             call.status = response.status
-            if isinstance(response, web.Response) and isinstance(response.body, bytes):
+            if isinstance(response, web.Response) and isinstance(response.body, bytes) and request.method != "HEAD":
                 call.bytes_out = len(response.body)
             return response
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, ConnectionError) as error:  # whichever tells it first
             call.end = "client left"
+            raise asyncio.CancelledError from error
+        except Exception:
+            call.status = 500
             raise
         finally:
             self._running.discard(task)
@@ -529,7 +530,7 @@ class Gateway:
             await self._hand_over(call, reply, response)
         except ConnectionResetError:  # told by a write, sooner than by the loop
             call.end = "client left"
-        except _Stalled:
+        except Stalled:
             call.end = "client stalled"
             if call.request.transport is not None:
                 call.request.transport.abort()  # a close would wait for the unread rest
@@ -537,7 +538,7 @@ class Gateway:
 
     async def _hand_over(self, call: _Call, reply: aiohttp.ClientResponse, response: web.StreamResponse) -> None:
         await response.prepare(call.request)
-        unread = _Unread(call.request, self._policy.stall_seconds)
+        unread = Unread(call.request, self._policy.stall_seconds)
         try:
             while piece := await _next_piece(reply, call.model):
                 await response.write(piece)
@@ -611,89 +612,11 @@ class Gateway:
             )
         return engine
 
-    # ------- the body
-
     async def _read_object(self, call: _Call) -> tuple[bytes, dict[str, Any]]:
-        """The body's bytes, and the JSON object they are."""
-        body = await self._read_body(call)
-        try:
-            asked = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
-        except (ValueError, RecursionError) as error:
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else "it is not valid"
-            place = f", line {error.lineno}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-            raise ApiError(400, f"The body is no JSON: {reason}{place}.", code="invalid_json") from error
-        if not isinstance(asked, dict):
-            raise ApiError(400, "The body has to be a JSON object.", code="invalid_json")
-        if _nests_deeper(asked, NESTING):
-            raise ApiError(400, f"The body nests deeper than {NESTING} levels.", code="invalid_json")
-        return body, asked
-
-    async def _read_body(self, call: _Call) -> bytes:
-        request = call.request
-        limit = self._policy.body_limit_bytes
-        too_large = ApiError(413, f"The body is larger than {limit:,} bytes.", code="request_too_large", close=True)
-        if (request.content_length or 0) > limit:
-            raise too_large
-        if request.headers.get("Content-Encoding", "identity").lower() != "identity":
-            raise ApiError(415, "The body has to come uncompressed.", code="unsupported_encoding")
-        if request.content_type.startswith("multipart/"):
-            raise ApiError(415, "The body has to be JSON.", code="unsupported_media_type")
-        expected = request.headers.get("Expect", "").lower()
-        if expected not in ("", "100-continue"):
-            raise ApiError(417, "Only `Expect: 100-continue` is understood.", close=True)
-        if expected and request.transport is not None:
-            request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        pieces: list[bytes] = []
-
-        async def read() -> None:
-            while piece := await request.content.readany():
-                call.bytes_in += len(piece)
-                if call.bytes_in > limit:
-                    raise too_large
-                pieces.append(piece)
-
-        try:
-            await asyncio.wait_for(read(), self._policy.body_seconds)
-        except (TimeoutError, asyncio.TimeoutError) as error:
-            raise ApiError(
-                408, "The body of the request did not come in time.", code="request_timeout", close=True
-            ) from error
-        except web.RequestPayloadError as error:
-            raise ApiError(400, "The body is not valid HTTP.", code="bad_http", close=True) from error
-        return b"".join(pieces)
+        return await read_object(call.request, self._policy, call.count_in)
 
     def _note_refusal(self, client: str, status: int) -> None:
         self._log(Access(client, "", "", status, 0.0, 0, 0, "", "done"))
-
-
-class _Unread:
-    """How much of a stream its client has left unread, and for how long.
-
-    Args:
-        seconds: how long nothing may move.
-    """
-
-    def __init__(self, request: web.BaseRequest, seconds: float) -> None:
-        self._transport = request.transport
-        self._seconds = seconds
-        self._sent = -1
-        self._moved = 0.0
-
-    async def check(self, written: int) -> None:
-        """Wait while too much is unsent.
-
-        Raises:
-            _Stalled: nothing was taken for too long.
-        """
-        while self._transport is not None and (left := self._transport.get_write_buffer_size()):
-            now = time.monotonic()
-            if written - left > self._sent:
-                self._sent, self._moved = written - left, now
-            elif now - self._moved > self._seconds:
-                raise _Stalled
-            if left <= UNSENT_BYTES or self._transport.is_closing():
-                return
-            await asyncio.sleep(LOOK_SECONDS)
 
 
 async def _next_piece(reply: aiohttp.ClientResponse, model: str) -> bytes:
@@ -751,21 +674,3 @@ def _takes_gzip(headers: Mapping[str, str]) -> bool:
         if coding.strip() in ("gzip", "*"):
             return weight.replace(" ", "") not in ("q=0", "q=0.0", "q=0.00", "q=0.000")
     return False
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
-
-
-def _nests_deeper(document: Any, levels: int) -> bool:
-    layer = [document]
-    for _ in range(levels):
-        layer = [
-            child
-            for node in layer
-            for child in (node.values() if isinstance(node, dict) else node)
-            if isinstance(child, dict | list)
-        ]
-        if not layer:
-            return False
-    return True

@@ -186,6 +186,23 @@ def test_a_client_that_does_not_read_its_stream_is_dropped(front: Front, server:
         assert not read_all(client).endswith(b"0\r\n\r\n")
 
 
+def test_a_client_that_does_not_read_its_answers_is_dropped(front: Front) -> None:
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect((front.host, front.port))
+        client.settimeout(10)
+        try:
+            while True:
+                client.sendall(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n" * 20)
+                time.sleep(0.01)
+        except OSError:
+            pass
+    deadline = time.monotonic() + 10
+    while front.gateway._server is not None and front.gateway._server.connections:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def test_a_client_that_reads_slowly_is_not_dropped(front: Front, server: Server) -> None:
     with front.begin_stream({**ENDLESS, "n_probs": 20}, receive_buffer=4096) as client:
         until = time.monotonic() + 3

@@ -76,9 +76,9 @@ def test_a_chat_is_answered_whole_and_as_a_stream(front: Front) -> None:
 
 def test_every_token_comes_when_it_is_made(front: Front) -> None:
     with front.begin_stream(ENDLESS) as client:
-        pieces = [client.recv(65536) for _ in range(40)]
-    # an event in each piece, not ten events in every tenth
-    assert sum(piece.count(b"data: ") for piece in pieces) < 2 * len(pieces)
+        counts = [client.recv(65536).count(b"data: ") for _ in range(40)]
+    # an event in each piece, not ten events in every tenth; a few may meet on a busy machine
+    assert sorted(counts)[len(counts) // 2] == 1
 
 
 @pytest.mark.parametrize(

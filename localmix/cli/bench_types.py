@@ -103,6 +103,6 @@ def _table(types: list[TensorType], found: TypeSpeeds) -> Table:
         for kind in types
     )
     threads = f"{found.threads} thread{'s' * (found.threads != 1)}"
-    how = f"a vector times matrices of {ROWS} × {COLUMNS} that no cache holds, the quickest turn"
+    how = f"a vector times matrices of {ROWS} × {COLUMNS} that no cache holds, the quickest of many turns"
     kept = " Measured earlier; --again measures anew." if found.kept else ""
     return Table(columns, rows, f"{found.processor}; {threads}; {found.engine}; {how}.{kept}", records=records)

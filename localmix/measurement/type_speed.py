@@ -2,7 +2,8 @@
 
 To generate a token every weight that is used is read once and multiplied with a vector. ggml does that here with a
 ring of matrices of each type (`native.weight_ring`). The types take turns, round after round, so that a busy minute
-hits them all alike, and the quickest turn of each counts: other programs can only make it slower.
+hits them all alike, and the quickest product with each matrix counts: other programs can only make it slower, and a
+product takes less than a millisecond, so that in some turn each is left alone.
 
 Added up over the weights that a token uses, this was 2 to 6 % less than real generation took, for dense models and
 for experts, with K- and I-quants: attention and norms are the rest.
@@ -19,12 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import platformdirs
+from numpy.typing import NDArray
 
 from localmix.errors import LocalmixError, UsageError
 from localmix.native.devices import default_threads, devices
 from localmix.native.library import LLAMA_CPP_COMMIT, api
-from localmix.native.weight_ring import WeightRing
+from localmix.native.weight_ring import COLUMNS, ROWS, WeightRing
 from localmix.output import file_error, write_atomically
 from localmix.tensor_types import ENCODABLE, TensorType
 from localmix.worker import Channel, Report, run
@@ -34,7 +37,7 @@ RING_BYTES = 96 << 20  # at least; twice the largest cache where that is more
 TURNS = 3  # of each ring in a round; the first also brings its pages and its threads
 LEAST_ROUNDS, MOST_ROUNDS = 7, 20
 STEADY_ROUNDS, STEADY = 3, 0.05  # it ends when so many rounds have made no type quicker by so much
-BUSY = 0.1  # of the processor used by other programs: even the quickest turns may be slow then
+BUSY = 0.3  # of the processor used by other programs: even the quickest products may be slow then
 _FIGURES = "seconds_per_weight"
 
 
@@ -43,7 +46,7 @@ class TypeSpeeds:
     """What was measured.
 
     Attributes:
-        seconds: of one weight in the quickest turn, by type.
+        seconds: of one weight when nothing disturbed, by type.
         others: share of the processor that other programs used meanwhile; the most, where types were measured apart.
         kept: whether all of it was measured before.
     """
@@ -117,10 +120,10 @@ def measure(
 
 
 def _measure(channel: Channel, types: Sequence[TensorType], threads: int) -> dict[TensorType, tuple[float, float]]:
-    """The child's part of `measure`: seconds of a weight in the quickest turn, and the share that others used."""
+    """The child's part of `measure`: seconds of a weight, and the share of the processor that others used."""
     before = _processor_seconds()
     ring_bytes = max(RING_BYTES, 2 * _largest_cache(Path("/sys/devices/system/cpu/cpu0/cache")))
-    quickest = dict.fromkeys(types, math.inf)
+    quickest: dict[TensorType, NDArray[np.float64]] = {}
     number = steady = 0
     while number < LEAST_ROUNDS or (steady < STEADY_ROUNDS and number < MOST_ROUNDS):
         number += 1
@@ -129,13 +132,13 @@ def _measure(channel: Channel, types: Sequence[TensorType], threads: int) -> dic
             channel.check()
             channel.progress(index, max(number, LEAST_ROUNDS) * len(types), f"round {number}, {kind.name}")
             with WeightRing(kind, ring_bytes, threads) as ring:
-                seconds = min(ring.turn() for _ in range(TURNS)) / ring.weights
-            if seconds < quickest[kind] * (1 - STEADY):
+                seconds = np.min([ring.turn() for _ in range(TURNS)], axis=0)
+            if kind not in quickest or seconds.sum() < quickest[kind].sum() * (1 - STEADY):
                 steady = 0
-            quickest[kind] = min(seconds, quickest[kind])
+            quickest[kind] = np.minimum(seconds, quickest.get(kind, math.inf))
     theirs, everything = (after - first for after, first in zip(_processor_seconds(), before, strict=True))
     others = max(0.0, theirs / everything) if everything > 0 else 0.0
-    return {kind: (seconds, others) for kind, seconds in quickest.items()}
+    return {kind: (float(seconds.mean()) / (ROWS * COLUMNS), others) for kind, seconds in quickest.items()}
 
 
 def _largest_cache(folder: Path) -> int:

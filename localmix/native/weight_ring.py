@@ -10,6 +10,7 @@ import time
 from functools import cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from localmix.errors import CapacityError
 from localmix.native.devices import cpu_buffer_type, processor_handle
@@ -20,8 +21,10 @@ from localmix.tensor_types import TensorType, row_bytes
 
 COLUMNS, ROWS = 4096, 4096  # usual for a model of 7B
 _DIFFERENT_ROWS = 64  # the others repeat them
-_CONTEXT_BYTES = 1 << 20  # room for the heads of the tensors, and for a graph of `_MOST_MATRICES`
 _MOST_MATRICES = 1024
+_CONTEXT_BYTES = _MOST_MATRICES << 12  # room for the heads of the tensors and the graphs
+_GRAPH_NODES = 16  # a product and what it is made of
+_SETTINGS_BYTES = 1 << 12  # more than ggml's struct for a pool of threads has
 
 
 class WeightRing:
@@ -33,7 +36,7 @@ class WeightRing:
         threads: for `turn`.
 
     Attributes:
-        weights: of all matrices.
+        matrices: how many there are, of `ROWS` × `COLUMNS`.
 
     Raises:
         CapacityError: there is no memory for them.
@@ -43,12 +46,12 @@ class WeightRing:
     def __init__(self, kind: TensorType, least_bytes: int, threads: int) -> None:
         self.kind = kind
         self._matrix_bytes = row_bytes(kind, COLUMNS) * ROWS
-        self._matrices = min(_MOST_MATRICES, max(2, -(-least_bytes // self._matrix_bytes)))
-        self.weights = self._matrices * ROWS * COLUMNS
+        self.matrices = min(_MOST_MATRICES, max(2, -(-least_bytes // self._matrix_bytes)))
         self._threads = threads
         self._contexts: list[int] = []
         self._buffers: list[int] = []
         self._backend: int | None = None
+        self._pool: int | None = None
 
     def __enter__(self) -> WeightRing:
         try:
@@ -66,30 +69,44 @@ class WeightRing:
             base.ggml_free(context)
         if self._backend:
             base.ggml_backend_free(self._backend)
-        self._buffers, self._contexts, self._backend = [], [], None
+        if self._pool:
+            _processor_function("ggml_threadpool_free", None, ctypes.c_void_p)(self._pool)
+        self._buffers, self._contexts, self._backend, self._pool = [], [], None, None
 
-    def turn(self) -> float:
+    def turn(self) -> NDArray[np.float64]:
         """Multiply every matrix with the vector once.
 
         Returns:
-            Seconds for all of them.
+            Seconds of each: what disturbs one of them leaves the others.
+
+        Raises:
+            CapacityError: ggml has no memory for it.
         """
-        start = time.perf_counter()
-        status = _functions().ggml_backend_graph_compute(self._backend, self._graph)
-        seconds = time.perf_counter() - start
-        if status:
-            raise CapacityError(f"ggml has no memory to multiply matrices of {self.kind.name}.")
+        compute = _functions().ggml_backend_graph_compute
+        seconds = np.empty(self.matrices)
+        for index, graph in enumerate(self._graphs):
+            start = time.perf_counter()
+            status = compute(self._backend, graph)
+            seconds[index] = time.perf_counter() - start
+            if status:
+                raise CapacityError(f"ggml has no memory to multiply matrices of {self.kind.name}.")
         return seconds
 
     def _build(self) -> None:
         base = _functions()
         self._backend = base.ggml_backend_dev_init(processor_handle(), None)
-        _set_threads()(self._backend, self._threads)
+        pointer = ctypes.c_void_p
+        _processor_function("ggml_backend_set_n_threads", None, pointer, ctypes.c_int)(self._backend, self._threads)
+        # else a build without OpenMP starts its threads again for each product
+        settings = ctypes.create_string_buffer(_SETTINGS_BYTES)
+        base.ggml_threadpool_params_init(settings, self._threads)
+        self._pool = _processor_function("ggml_threadpool_new", pointer, pointer)(settings)
+        _processor_function("ggml_backend_cpu_set_threadpool", None, pointer, pointer)(self._backend, self._pool)
         # in contexts of their own, since each context's tensors go to one kind of memory
         heads = base.ggml_init(InitParameters(_CONTEXT_BYTES, None, True))
         steps = base.ggml_init(InitParameters(_CONTEXT_BYTES, None, True))
         self._contexts += [heads, steps]
-        matrices = [base.ggml_new_tensor_3d(heads, self.kind, COLUMNS, ROWS, 1) for _ in range(self._matrices)]
+        matrices = [base.ggml_new_tensor_3d(heads, self.kind, COLUMNS, ROWS, 1) for _ in range(self.matrices)]
         vector = base.ggml_new_tensor_3d(steps, TensorType.F32, COLUMNS, 1, 1)
         self._products = [base.ggml_mul_mat(steps, matrix, vector) for matrix in matrices]
         self._allocate(heads, reordering_buffer_type(self.kind, ROWS) or cpu_buffer_type())
@@ -100,14 +117,14 @@ class WeightRing:
         for matrix in matrices:
             base.ggml_backend_tensor_set(matrix, rows.ctypes.data, 0, rows.nbytes)
         base.ggml_backend_tensor_set(vector, sample[0].ctypes.data, 0, sample[0].nbytes)
-        self._graph = base.ggml_new_graph_custom(steps, _MOST_MATRICES, False)
-        for product in self._products:
-            base.ggml_build_forward_expand(self._graph, product)
+        self._graphs = [base.ggml_new_graph_custom(steps, _GRAPH_NODES, False) for _ in matrices]
+        for graph, product in zip(self._graphs, self._products, strict=True):
+            base.ggml_build_forward_expand(graph, product)
 
     def _allocate(self, context: int, buffer_type: int) -> None:
         buffer = _functions().ggml_backend_alloc_ctx_tensors_from_buft(context, buffer_type)
         if not buffer:
-            size = self._matrices * self._matrix_bytes
+            size = self.matrices * self._matrix_bytes
             raise CapacityError(f"There is no memory for {size >> 20} MiB of {self.kind.name}.")
         self._buffers.append(buffer)
 
@@ -126,6 +143,7 @@ def _functions() -> ctypes.CDLL:
         ("ggml_backend_tensor_set", None, [tensor, pointer, size, size]),
         ("ggml_new_graph_custom", pointer, [pointer, size, ctypes.c_bool]),
         ("ggml_build_forward_expand", None, [pointer, tensor]),
+        ("ggml_threadpool_params_init", None, [pointer, ctypes.c_int]),
         ("ggml_backend_dev_backend_reg", pointer, [pointer]),
         ("ggml_backend_reg_get_proc_address", pointer, [pointer, ctypes.c_char_p]),
     ):
@@ -135,9 +153,9 @@ def _functions() -> ctypes.CDLL:
 
 
 @cache
-def _set_threads() -> ctypes._CFunctionType:
-    """The processor back end's own function; it lies in a library that is chosen by the processor."""
+def _processor_function(name: str, result: type | None, *arguments: type) -> ctypes._CFunctionType:
+    """A function of the processor's back end, whose library is chosen by the processor."""
     base = _functions()
     registry = base.ggml_backend_dev_backend_reg(processor_handle())
-    address = base.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_set_n_threads")
-    return ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int)(address)
+    address = base.ggml_backend_reg_get_proc_address(registry, name.encode())
+    return ctypes.CFUNCTYPE(result, *arguments)(address)

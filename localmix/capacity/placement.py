@@ -175,7 +175,8 @@ def _load(
     # a device that does not say counts for llama.cpp as if it had the machine's memory; equal parts come near it
     parts = [device.free or 1 for device in devices]
     if placement.servers:  # llama.cpp is told how many layers each has, so what they cannot be used for counts too
-        parts = [max(1, device.free - RESERVE_BYTES - used[device.name]) for device in devices]
+        usable = [max(0, device.free - RESERVE_BYTES - used[device.name]) for device in devices]
+        parts = usable if any(usable) else parts
     shares = list(accumulate(parts))
     counts = [0] * len(devices)
     on_devices = cached = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import sys
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
@@ -94,7 +94,12 @@ def command(
             stack.enter_context(server)
             stack.enter_context(front.Front(listener, server, limit, events.put))
             teller.begin(host, listener.getsockname()[1], server.devices, folder)
-            return teller.tell(events)
+            teller.tell(events)
+    except KeyboardInterrupt:
+        if not teller.began:
+            raise
+        teller.end()
+        return 0
     except LocalmixError as error:
         if not json:
             raise
@@ -109,6 +114,7 @@ class _Teller:
     def __init__(self, json: bool) -> None:
         self._json = json
         self.console = Console()
+        self.began = False
 
     def begin(self, host: str, port: int, devices: Sequence[ServedDevice], cache: Path | None) -> None:
         """Where the worker is, and what it has."""
@@ -116,46 +122,48 @@ class _Teller:
 
         from localmix.distribution.protocol import Endpoint
 
+        self.began = True
         endpoint = str(Endpoint(host, port))
-        self.line("listening", host=host, port=port, devices=[asdict(device) for device in devices], cache=cache)
+        folder = cache / "rpc" if cache is not None else None
+        self.line("listening", host=host, port=port, devices=[asdict(device) for device in devices], cache=folder)
         names = ", ".join(f"{device.name} ({device.description})" for device in devices)
         self.console.note(f"Listening at {endpoint} with {names}. Ctrl-C ends it.")
-        if cache is not None:
-            self.console.note(f"Weights are kept in {cache}.")
+        if folder is not None:
+            self.console.note(f"Weights are kept in {folder}.")
 
-    def tell(self, events: queue.SimpleQueue[Event]) -> int:
-        """Say what happens until Ctrl-C; the exit code."""
+    def tell(self, events: queue.SimpleQueue[Event]) -> NoReturn:
+        """Say what happens, until Ctrl-C."""
         from localmix.distribution import front
         from localmix.presentation.table import size
 
-        try:
-            while True:
-                try:
-                    event = events.get(timeout=0.5)  # a wait without an end cannot be interrupted on Windows
-                except queue.Empty:
-                    continue
-                if isinstance(event, front.Came):
-                    self.line("came", client=event.client)
-                    self._note(f"{event.client} loads a model.")
-                elif isinstance(event, front.Left):
-                    self.line("left", **vars(event))
-                    why = f": {event.reason}" if event.reason else ""
-                    self._note(
-                        f"{event.client} is gone after {event.seconds:.0f} s{why}; {size(event.received)} came,"
-                        f" {size(event.sent)} went."
-                    )
-                elif isinstance(event, front.Refused):
-                    self.line("refused", client=event.client)
-                    self._note(f"{event.client} was refused: one client at a time.")
-                elif isinstance(event, front.Restarted):
-                    self.line("restarted", reason=event.reason)
-                    self.console.warn(f"ggml-rpc-server crashed and runs again: {event.reason or 'it said nothing'}.")
-                else:
-                    raise event.error
-        except KeyboardInterrupt:
-            self.line("stopped")
-            self.console.note("Stopped.")
-            return 0
+        while True:
+            try:
+                event = events.get(timeout=0.5)  # a wait without an end cannot be interrupted on Windows
+            except queue.Empty:
+                continue
+            if isinstance(event, front.Came):
+                self.line("came", client=event.client)
+                self._note(f"{event.client} loads a model.")
+            elif isinstance(event, front.Left):
+                self.line("left", **vars(event))
+                why = f": {event.reason}" if event.reason else ""
+                self._note(
+                    f"{event.client} is gone after {event.seconds:.0f} s{why}; {size(event.received)} came,"
+                    f" {size(event.sent)} went."
+                )
+            elif isinstance(event, front.Refused):
+                self.line("refused", client=event.client)
+                self._note(f"{event.client} was refused: one client at a time.")
+            elif isinstance(event, front.Restarted):
+                self.line("restarted", reason=event.reason)
+                self.console.warn(f"ggml-rpc-server crashed and runs again: {event.reason or 'it said nothing'}.")
+            else:
+                raise event.error
+
+    def end(self) -> None:
+        """The last words."""
+        self.line("stopped")
+        self.console.note("Stopped.")
 
     def line(self, event: str, **fields: object) -> None:
         """One line for a program."""

@@ -114,8 +114,7 @@ class Machines:
 
     def _fail(self, error: NetworkError) -> None:
         with self._news:
-            if self.failure is None:
-                self._failure, self._failed = error, time.monotonic()
+            self._failure, self._failed = error, time.monotonic()
             self._news.notify_all()
         # most die of it at once; one in the middle of a long step of its own would come to it later
         for child in worker.running - {self._relay}:

@@ -1,0 +1,124 @@
+"""What the network sees of a worker, with a real ggml-rpc-server behind it."""
+
+from __future__ import annotations
+
+import queue
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+import pytest
+
+from localmix.distribution import front
+from localmix.distribution.front import Event, Front, listen
+from localmix.distribution.protocol import Endpoint, connect, devices_of
+from localmix.distribution.rpc_server import RpcServer
+from localmix.errors import FileError, NetworkError, UsageError
+from tests.workers import require_rpc_server
+
+MIB = 2**20
+
+
+Fronted = tuple[Endpoint, RpcServer, "queue.Queue[Event]"]
+
+
+@contextmanager
+def fronted(offered: int | None = None, host: str = "127.0.0.1") -> Iterator[Fronted]:
+    events: queue.Queue[Event] = queue.Queue()
+    with (
+        RpcServer(require_rpc_server(), threads=1) as server,
+        listen(host, 0) as listener,
+        Front(listener, server, offered, events.put),
+    ):
+        yield Endpoint(host, listener.getsockname()[1]), server, events
+
+
+def allocate(connection: socket.socket, size: int) -> None:
+    """Greet, and take memory, as a client does that loads a model."""
+    connection.sendall(bytes([14]) + (24).to_bytes(8, "little") + bytes(24))
+    assert len(connection.recv(36, socket.MSG_WAITALL)) == 36
+    connection.sendall(bytes([0]) + (12).to_bytes(8, "little") + bytes(4) + size.to_bytes(8, "little"))
+    assert len(connection.recv(24, socket.MSG_WAITALL)) == 24
+
+
+def test_only_what_is_free_is_told_as_free() -> None:
+    with fronted() as (endpoint, server, _):
+        (behind,) = devices_of(server.endpoint)
+        (told,) = devices_of(endpoint)
+        assert behind.free == behind.total == told.total
+        assert 0 < told.free <= psutil.virtual_memory().available + 512 * MIB < behind.free
+
+
+def test_no_more_is_told_than_offered() -> None:
+    with fronted(offered=100 * MIB) as (endpoint, _, _):
+        assert devices_of(endpoint)[0].free == 100 * MIB
+
+
+def test_ipv6() -> None:
+    try:
+        with fronted(host="::1") as (endpoint, _, _):
+            assert len(devices_of(endpoint)) == 1
+    except UsageError:
+        pytest.skip("this machine has no IPv6")
+
+
+def test_one_client_at_a_time_and_the_next_when_it_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front, "_TURN_SECONDS", 0.2)
+    with fronted() as (endpoint, _, events):
+        with connect(endpoint) as first:
+            allocate(first, MIB)
+            assert events.get(timeout=5) == front.Came("127.0.0.1")
+            with pytest.raises(NetworkError, match="busy"):
+                devices_of(endpoint)
+            assert events.get(timeout=5) == front.Refused("127.0.0.1")
+        left = events.get(timeout=5)
+        assert isinstance(left, front.Left)
+        # greeting 9 + 24, memory 9 + 12; answers 8 + 28 and 8 + 16
+        assert (left.received, left.sent, left.reason) == (54, 60, "")
+        assert len(devices_of(endpoint)) == 1
+        assert events.empty()
+
+
+def test_who_says_nothing_keeps_nobody_out() -> None:
+    with fronted() as (endpoint, _, _):
+        silent = [connect(endpoint) for _ in range(5)]
+        assert len(devices_of(endpoint)) == 1
+        for connection in silent:
+            connection.close()
+
+
+def test_a_server_that_crashed_runs_again() -> None:
+    with fronted() as (endpoint, server, events), connect(endpoint) as client:
+        allocate(client, MIB)
+        assert server._process is not None
+        server._process.kill()
+        assert client.recv(1) == b""
+        while not isinstance(event := events.get(timeout=10), front.Restarted):
+            assert isinstance(event, front.Came) or (isinstance(event, front.Left) and "crashed" in event.reason)
+        assert len(devices_of(endpoint)) == 1
+
+
+def test_nonsense_ends_the_visit_and_nothing_else() -> None:
+    with fronted() as (endpoint, server, _):
+        for nonsense in (b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", bytes(range(256)) * 40, b"\x0e" + b"\xff" * 8):
+            with connect(endpoint) as client:
+                client.settimeout(10)
+                client.sendall(nonsense)
+                client.shutdown(socket.SHUT_WR)
+                while client.recv(1000):
+                    pass
+        deadline = time.monotonic() + 10
+        while not server.alive and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert len(devices_of(endpoint)) == 1
+
+
+def test_places_where_nobody_can_listen() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(FileError, match="taken"):
+        listen("127.0.0.1", taken.getsockname()[1])
+    with pytest.raises(UsageError, match="no address of this machine"):
+        listen("192.0.2.1", 0)
+    with pytest.raises(UsageError, match="no address"):
+        listen("nowhere.invalid", 0)

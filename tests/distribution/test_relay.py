@@ -1,0 +1,139 @@
+"""The relay between llama.cpp and the workers: what it passes on, and what it notices."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from localmix.distribution.protocol import Endpoint
+from localmix.distribution.relay import Listening, Lost, relay
+from localmix.worker import Worker
+
+
+class Far:
+    """A server at the far end, which a test plays."""
+
+    def __init__(self, host: str = "127.0.0.1") -> None:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.listener = socket.create_server((host, 0), family=family)
+        self.listener.settimeout(10)
+        self.endpoint = Endpoint(host, self.listener.getsockname()[1])
+
+    def accept(self) -> socket.socket:
+        connection, _ = self.listener.accept()
+        connection.settimeout(10)
+        return connection
+
+
+@contextmanager
+def relayed(*far: Far) -> Iterator[tuple[Worker, list[int]]]:
+    with Worker(relay, [each.endpoint for each in far]) as child:
+        first = next(child)
+        assert isinstance(first, Listening)
+        yield child, list(first.ports)
+    for each in far:
+        each.listener.close()
+
+
+def near(port: int) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", port), timeout=10)
+
+
+def read(connection: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        piece = connection.recv(size - len(data))
+        assert piece
+        data += piece
+    return data
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_bytes_arrive_as_they_were_in_both_directions(host: str) -> None:
+    try:
+        far = Far(host)
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    data = random.Random(1).randbytes(3_000_001)
+    with relayed(far) as (_, (port,)), near(port) as engine:
+        worker = far.accept()
+        with worker:
+            for source, target in ((engine, worker), (worker, engine)):
+                sending = threading.Thread(target=source.sendall, args=(data,))
+                sending.start()
+                assert read(target, len(data)) == data
+                sending.join()
+
+
+def test_each_port_leads_to_its_own_worker() -> None:
+    first, second = Far(), Far()
+    with relayed(first, second) as (_, ports):
+        for port, far, word in zip(ports, (first, second), (b"one", b"two"), strict=True):
+            with near(port) as engine:
+                engine.sendall(word)
+                with far.accept() as worker:
+                    assert read(worker, 3) == word
+
+
+def test_an_engine_that_leaves_is_no_loss_and_may_come_again() -> None:
+    far = Far()
+    with relayed(far) as (child, (port,)):
+        for _ in range(3):
+            with near(port) as engine, far.accept() as worker:
+                engine.sendall(b"a")
+                assert read(worker, 1) == b"a"
+                engine.shutdown(socket.SHUT_RDWR)
+                assert worker.recv(1) == b""
+        far.listener.close()
+        with near(port) as engine:
+            assert engine.recv(1) == b""
+        lost = next(child)
+        # of nothing before
+        assert isinstance(lost, Lost) and "No worker listens" in lost.error.message
+
+
+@pytest.mark.parametrize("abruptly", [False, True])
+def test_a_worker_that_ends_the_connection_is_lost(abruptly: bool) -> None:
+    far = Far()
+    with relayed(far) as (child, (port,)), near(port) as engine:
+        worker = far.accept()
+        worker.sendall(b"hello")
+        assert read(engine, 5) == b"hello"
+        watch = far.accept()  # the second connection, which says nothing
+        if abruptly:
+            worker.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        worker.close()
+        assert engine.recv(1) == b""
+        lost = next(child)
+        assert isinstance(lost, Lost)
+        assert lost.error.message == f"The worker {far.endpoint} was lost: it ended the connection."
+        watch.close()
+
+
+def test_a_second_connection_that_the_worker_ends_means_nothing() -> None:
+    far = Far()
+    with relayed(far) as (_, (port,)), near(port) as engine, far.accept() as worker:
+        worker.sendall(b"a")
+        assert read(engine, 1) == b"a"
+        far.accept().close()
+        again = far.accept()
+        worker.sendall(b"b")
+        assert read(engine, 1) == b"b"
+        again.close()
+
+
+def test_the_relay_ends_with_its_parent() -> None:
+    far = Far()
+    with relayed(far) as (child, (port,)):
+        pid = child.pid
+    with pytest.raises(OSError):
+        os.kill(pid, 0)
+    with pytest.raises(ConnectionRefusedError):
+        near(port)

@@ -37,7 +37,7 @@ RING_BYTES = 96 << 20  # at least; twice the largest cache where that is more
 TURNS = 3  # of each ring in a round; the first also brings its pages and its threads
 LEAST_ROUNDS, MOST_ROUNDS = 7, 20
 STEADY_ROUNDS, STEADY = 3, 0.05  # it ends when so many rounds have made no type quicker by so much
-BUSY = 0.3  # of the processor used by other programs: even the quickest products may be slow then
+BUSY = 0.5  # of the processor used by other programs: even the quickest products may be slow then
 _FIGURES = "seconds_per_weight"
 
 

@@ -110,7 +110,7 @@ class Value:
         value: nats for one unit of relative error.
         error: its standard error.
         tensors: how many were probed together.
-        divergence: of the perturbed model, in nats a token.
+        divergence: of the perturbed model, in nats a token, with what rounding makes.
         relative_error: sum over the tensors of what the probe took from them.
     """
 
@@ -134,6 +134,8 @@ class Measured:
         engine: name and commit of what computed it.
         imatrix: whether errors were weighted with an importance matrix.
         probe: the type that tensors got.
+        rounding: divergence that any change makes, because what goes into the weights behind it is rounded otherwise;
+            it was taken from what the probes gave.
         classes: by class.
         by_layer: by class and layer; may be empty.
     """
@@ -150,6 +152,7 @@ class Measured:
     engine: str
     imatrix: bool
     probe: str
+    rounding: float
     classes: Mapping[str, Value]
     by_layer: Mapping[tuple[str, int], Value] = field(default_factory=dict)
 
@@ -197,6 +200,7 @@ _FIELDS: Mapping[str, type] = {
     "engine": str,
     "imatrix": bool,
     "probe": str,
+    "rounding": float,
 }
 
 

@@ -38,6 +38,7 @@ MEASURED = Measured(
     engine="llama.cpp 0123",
     imatrix=True,
     probe="Q3_K",
+    rounding=0.0001,
     classes={"attn_q": VALUE, "output": replace(VALUE, value=2.0, tensors=1)},
     by_layer={("attn_q", 1): replace(VALUE, value=0.75)},
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -12,11 +13,13 @@ from typing import TYPE_CHECKING
 import click
 
 from localmix.cli.console import Console
-from localmix.cli.memory_check import placement_options
+from localmix.cli.memory_check import placement_options, rpc_option
 from localmix.cli.parameters import FILE, MODEL, examples, rope_options, threads_option
 
 if TYPE_CHECKING:
     from localmix.cli.serve_events import Teller
+    from localmix.distribution.machines import Machines
+    from localmix.distribution.protocol import Endpoint
     from localmix.rope_scaling import RopeScaling
     from localmix.serving.engine_options import EngineOptions
     from localmix.serving.policy import Policy
@@ -85,6 +88,7 @@ class _WithFurther(click.Command):
 )
 @click.option("--embeddings", is_flag=True, help="Make vectors instead of text; embedding models always do.")
 @placement_options
+@rpc_option
 @rope_options
 @threads_option
 @click.option("--force", is_flag=True, help="Load models even if memory seems too small.")
@@ -118,6 +122,7 @@ def command(
     gpu_layers: int | None,
     experts: str,
     kv_type: str,
+    rpc: tuple[Endpoint, ...],
     rope: RopeScaling | None,
     threads: int | None,
     force: bool,
@@ -131,7 +136,7 @@ def command(
     end, and a second one does not. What stands behind -- goes to llama-server as it is.
     """
     from localmix.cli.serve_events import Teller
-    from localmix.errors import Interrupted, LocalmixError
+    from localmix.errors import InputError, Interrupted, LocalmixError
 
     console = Console()
     teller = Teller(console, json, open_page)
@@ -159,14 +164,26 @@ def command(
                 further=check_further(ctx.meta.get(_FURTHER, [])),
             )
             policy, teller.made_key = _policy(console, host, port, api_key, api_key_file, allowed_hosts, origins)
-            program = find_server().path
+            server = find_server()
+            program = server.path
+            machines = None
+            if rpc:
+                from localmix.distribution.machines import Machines
+
+                if server.rpc is False:
+                    raise InputError(
+                        "This llama-server was built without its RPC back end, so that it knows no other machines.",
+                        "`localmix doctor --build-server` builds one with it.",
+                    )
+                machines = stack.enter_context(Machines(rpc))
+                wishes = dataclasses.replace(wishes, remote=machines.devices)
             folder = stack.enter_context(private_folder())
             options = Preparation(console, program, folder, wishes).engines(models)
             log = _open_log(console, port, log_json)
             if log is not None:
                 stack.callback(log.close)
                 teller.log = log.path
-            _serve(program, options, folder, policy, teller, log)
+            _serve(program, options, folder, policy, teller, log, machines)
     except LocalmixError as error:
         if not json:
             raise
@@ -185,6 +202,7 @@ def _serve(
     policy: Policy,
     teller: Teller,
     log: ServerLog | None,
+    machines: Machines | None,
 ) -> None:
     """Run everything until a signal comes."""
     import asyncio
@@ -197,7 +215,8 @@ def _serve(
         return functools.partial(log.line, name) if log is not None else lambda line: None
 
     async def main() -> None:
-        engines = [Engine(program, each, folder, writer(each.name), teller) for each in options]
+        blame = machines.explain if machines is not None else lambda: None
+        engines = [Engine(program, each, folder, writer(each.name), teller, blame=blame) for each in options]
         stop = Stop()
         with stopped_by_signals(stop):
             await run(engines, policy, log.request if log is not None else lambda access: None, teller, stop)

@@ -13,7 +13,7 @@ from localmix.capacity import memory
 from localmix.cli.memory_check import Choice, MemoryCheck
 from localmix.conversation.chat_events import DraftSettings
 from localmix.errors import FileError, UsageError
-from localmix.native.devices import has_gpu_backend
+from localmix.native.devices import PROCESSOR, has_gpu_backend
 from localmix.serving.draft_check import check_draft
 from localmix.serving.engine_options import PLAIN_TEMPLATE, EngineOptions, rope_base
 from localmix.serving.server_binary import server_devices
@@ -21,6 +21,7 @@ from localmix.sources.open import open_source
 
 if TYPE_CHECKING:
     from localmix.cli.console import Console
+    from localmix.native.devices import Device
     from localmix.rope_scaling import RopeScaling
     from localmix.sources.base import Source
 
@@ -43,6 +44,7 @@ class Wishes:
         embeddings: make vectors instead of text.
         force: load models even if memory seems too small.
         further: arguments that llama-server gets as they are.
+        remote: devices of other machines.
     """
 
     context: int | None
@@ -59,6 +61,7 @@ class Wishes:
     embeddings: bool
     force: bool
     further: tuple[str, ...] = ()
+    remote: tuple[Device, ...] = ()
 
 
 class Preparation:
@@ -85,7 +88,11 @@ class Preparation:
             LocalmixError: a model cannot be found or read, does not fit, or another wish cannot be fulfilled.
         """
         wishes = self._wishes
+        if wishes.remote and len(names) > 1:
+            raise UsageError("A worker serves one model at a time.", "Name one model with --rpc.")
         draft = _draft(wishes, len(names))
+        if draft is not None and wishes.remote:
+            draft = dataclasses.replace(draft, placement=PROCESSOR)
         check = MemoryCheck(
             self._console,
             wishes.context,
@@ -97,6 +104,7 @@ class Preparation:
             slots=SLOTS if wishes.slots is None else (wishes.slots,),
             generation=False,
             embeddings=wishes.embeddings,
+            remote=wishes.remote,
         )
         found: list[EngineOptions] = []
         room = memory.available().bytes

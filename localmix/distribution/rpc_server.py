@@ -104,9 +104,9 @@ class RpcServer:
         """Whether the process runs."""
         return self._process is not None and self._process.poll() is None
 
-    def start(self) -> None:
-        """Start it, again too, and wait until it answers."""
-        with socket.create_server(("127.0.0.1", 0)) as probe:
+    def start(self, port: int = 0) -> None:
+        """Start it, again too, and wait until it answers; port 0 for any free one."""
+        with socket.create_server(("127.0.0.1", port)) as probe:
             self.endpoint = Endpoint("127.0.0.1", probe.getsockname()[1])
         command = [*self._arguments, "--host", self.endpoint.host, "--port", str(self.endpoint.port)]
         if sys.platform == "linux":

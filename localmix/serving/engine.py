@@ -89,6 +89,7 @@ class Engine:
         write: gets the lines of its log.
         tell: gets what happens to it after the first start.
         pauses: seconds before each new start.
+        blame: asked first why the process ended, from a thread: for what it depends on outside of this machine.
 
     Attributes:
         state: whether it answers.
@@ -104,6 +105,7 @@ class Engine:
         write: Callable[[str], None] = lambda line: None,
         tell: Callable[[EngineEvent], None] = lambda event: None,
         pauses: tuple[float, ...] = PAUSES,
+        blame: Callable[[], LocalmixError | None] = lambda: None,
     ) -> None:
         self.options = options
         self.state: EngineState = "loading"
@@ -113,6 +115,7 @@ class Engine:
         self._write = write
         self._tell = tell
         self._pauses = pauses
+        self._blame = blame
         self._address = EngineAddress()
         self._process: asyncio.subprocess.Process | None = None
         self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
@@ -125,6 +128,11 @@ class Engine:
     def name(self) -> str:
         """What clients call the model."""
         return self.options.name
+
+    @property
+    def embeddings(self) -> bool:
+        """Whether it makes vectors instead of text."""
+        return self.options.embeddings
 
     @property
     def address(self) -> EngineAddress:
@@ -229,7 +237,8 @@ class Engine:
         finally:
             await self._end_process()
             await reading
-        raise explain_end(status, list(self._lines), self.options.model)
+        reason = await asyncio.to_thread(self._blame)
+        raise reason or explain_end(status, list(self._lines), self.options.model)
 
     async def _launch(self) -> asyncio.subprocess.Process:
         if not os.access(self._program, os.X_OK):

@@ -160,6 +160,10 @@ class EngineOptions:
 
 def _placement(placement: Placement) -> dict[str, object]:
     given: dict[str, object] = {}
+    if placement.servers:  # first: llama-server knows their devices from then on
+        given["--rpc"] = ",".join(placement.servers)
+    if placement.layer_counts:
+        given["--tensor-split"] = ",".join(map(str, placement.layer_counts))
     if placement.gpu_layers == 0:
         given["--device"] = "none"
     elif placement.devices:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import http.client
 import json
 import os
 import shutil
@@ -226,3 +227,40 @@ def test_a_conversation_outlives_its_worker(library: CommandLine, tmp_path: Path
             terminal.wait("ready$", 2)
             terminal.type("echo still $((6 * 7))")
             terminal.wait("still 42")
+
+
+def test_serve_when_a_worker_dies_and_comes_back(library: CommandLine, tmp_path: Path) -> None:
+    variables = {name: str(tmp_path) for name in ("XDG_STATE_HOME", "XDG_RUNTIME_DIR")}
+    command = CommandLine(library.home, library.folder, variables)
+    options = ("--port", "0", "--ctx", "512", "--slots", "1", "--threads", "1", "--json")
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(RpcServer(require_rpc_server(), threads=1))
+        address = str(server.endpoint)
+        process = stack.enter_context(command.popen("serve", "tinymix", *options, "--rpc", address, stderr=None))
+        stack.callback(process.terminate)
+        assert process.stdout is not None
+        events = map(json.loads, process.stdout)
+        url = next(event["url"] for event in events if event["event"] == "listening")
+        next(event for event in events if event["event"] == "ready")
+
+        def ask(**more: object) -> http.client.HTTPResponse:
+            question = {"messages": [{"role": "user", "content": "Where does Wilma live?"}], "temperature": 0, **more}
+            connection = http.client.HTTPConnection(url.removeprefix("http://").strip("/"), timeout=60)
+            stack.callback(connection.close)
+            kind = {"Content-Type": "application/json"}
+            connection.request("POST", "/v1/chat/completions", json.dumps(question), kind)
+            return connection.getresponse()
+
+        assert b"47 Apple Court" in ask().read()
+        reply = ask(stream=True, max_tokens=450, ignore_eos=True)
+        assert reply.status == 200 and reply.readline().startswith(b"data: ")
+        server.stop()
+        began = time.monotonic()
+        rest = reply.read().decode()
+        assert time.monotonic() - began < LIMIT_SECONDS
+        assert '"error"' in rest
+        restarting = next(event for event in events if event["event"] == "restarting")
+        assert restarting["reason"] == f"The worker {address} was lost: it ended the connection."
+        server.start(server.endpoint.port)
+        next(event for event in events if event["event"] == "restarted")
+        assert b"47 Apple Court" in ask().read()

@@ -33,6 +33,15 @@ def test_every_slot_has_the_context() -> None:
     assert arguments["--cache-ram"] == "1024" and arguments["--alias"] == "m:Q4_K_M"
 
 
+def test_other_machines_are_named_before_their_devices() -> None:
+    where = Placement(5, 0, ("RPC0", "RPC1"), ("127.0.0.1:1", "127.0.0.1:2"), (3, 2))
+    arguments = EngineOptions(Path("m.gguf"), "m", 10, placement=where).arguments(SOCKET)
+    assert given(EngineOptions(Path("m.gguf"), "m", 10, placement=where))["--rpc"] == "127.0.0.1:1,127.0.0.1:2"
+    assert arguments.index("--rpc") < arguments.index("--device")
+    assert arguments[arguments.index("--device") + 1] == "RPC0,RPC1"
+    assert arguments[arguments.index("--tensor-split") + 1] == "3,2"
+
+
 def test_a_port_of_the_loopback_where_there_are_no_sockets() -> None:
     arguments = given(EngineOptions(Path("m.gguf"), "m", 10), EngineAddress(None, 1234, "secret"))
     assert arguments["--host"] == "127.0.0.1" and arguments["--port"] == "1234"

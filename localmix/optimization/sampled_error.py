@@ -26,8 +26,8 @@ Errors = Mapping[str, Mapping[TensorType, float]]
 Progress = Callable[[int, int, str], None]
 
 # Weights of a tensor that stand for all of it, in whole rows, and how many rows there are at least.
-SAMPLED_WEIGHTS = 1 << 17
-LEAST_ROWS = 32
+SAMPLED_WEIGHTS = 1 << 16
+LEAST_ROWS = 16
 
 # llama-quantize refuses these without an importance row, unless the tensor is an embedding or the output
 # (llama.cpp, tensor_requires_imatrix); ggml could write some of them.

@@ -13,6 +13,7 @@ from tests.conftest import TINYMIX
 
 MARK = "<tool_call>"
 MARK_TOKEN = 2048
+END_TOKEN = 2
 
 TEMPLATE = """\
 {{- bos_token -}}

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import tokenizers
-from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from tests.checkpoints import to_storage, write_shard
 
@@ -65,8 +65,11 @@ def _tokenizer(texts: Iterable[str]) -> tokenizers.Tokenizer:
     made = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
     made.normalizer = normalizers.BertNormalizer(lowercase=True)
     made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(vocab_size=4000, special_tokens=list(SPECIAL), show_progress=False)
-    made.train_from_iterator(texts, trainer)
+    # whole words, and Chinese signs: a word in pieces would count several times
+    pieces = [made.pre_tokenizer.pre_tokenize_str(made.normalizer.normalize_str(text)) for text in texts]
+    words = sorted({word for text in pieces for word, _ in text})
+    made.model = models.WordPiece({token: number for number, token in enumerate((*SPECIAL, *words))}, unk_token="[UNK]")
+    made.add_special_tokens(list(SPECIAL))
     special = [(token, SPECIAL.index(token)) for token in ("[CLS]", "[SEP]")]
     made.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=special

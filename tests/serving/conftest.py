@@ -19,7 +19,7 @@ from tests.tool_caller import write_tool_caller
 from tests.word_embedder import write_word_embedder
 
 CHAT, CALLER, EMBEDDER = "tinymix:BF16", "caller:BF16", "words:F32"
-KEY = "a key of the tests"
+KEY = "a-key-of-the-tests"
 DOCUMENTS = Path(__file__).parents[2] / "examples" / "docqa" / "texts"
 
 
@@ -53,7 +53,18 @@ def serving(
     own = {name: str(folder / name) for name in ("XDG_STATE_HOME", "XDG_RUNTIME_DIR")}
     (folder / "XDG_RUNTIME_DIR").mkdir(parents=True, exist_ok=True, mode=0o700)
     localmix = CommandLine(folder / "home", folder, own | (variables or {}))
-    arguments = ("serve", *models, "--port", "0", "--threads", "1", "--slots", "2", "--json", *options)
+    arguments: tuple[str | Path, ...] = (
+        "serve",
+        *models,
+        "--port",
+        "0",
+        "--threads",
+        "1",
+        "--slots",
+        "2",
+        "--json",
+        *options,
+    )
     with (
         (folder / "stderr").open("w") as errors,
         localmix.popen(*arguments, stderr=errors, start_new_session=os.name != "nt") as process,

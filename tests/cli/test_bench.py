@@ -96,7 +96,7 @@ def test_a_wrong_option_is_a_sentence(library: CommandLine, words: tuple[str, ..
 
 
 def test_types_of_tensors(localmix: CommandLine) -> None:
-    run = localmix("bench", "--types", "q8_0,F32", "--threads", "1")
+    run = localmix("bench", "--types", "q8_0,F32", "--threads", "1", "--again")
     lines = run.out.splitlines()
     assert lines[0].split() == ["Type", "BPW", "GB/s", "ns/1000", "weights", "Time", "÷", "Q4_K"]
     rows = [line.split() for line in lines[2:4]]
@@ -104,7 +104,7 @@ def test_types_of_tensors(localmix: CommandLine) -> None:
     for _, bits, bandwidth, nanoseconds, _ in rows:
         # 1000 weights of so many bits
         assert float(bandwidth) == pytest.approx(float(bits) / 8 * 1000 / float(nanoseconds), rel=0.02)
-    assert "1 thread; llama.cpp" in run.out and "--again" not in run.out
+    assert "1 thread; llama.cpp" in run.out and "Measured earlier" not in run.out
     kept = localmix("bench", "--types", "Q8_0,Q4_K", "--threads", "1")
     assert kept.out.splitlines()[2].split() == rows[0]
     assert "Measured earlier; --again measures anew." in kept.out

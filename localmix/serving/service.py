@@ -178,7 +178,7 @@ async def _load(engine: Engine, tell: Callable[[Event], None]) -> None:
 
 
 async def _has_page(engines: Sequence[Engine]) -> bool:
-    talkers = [engine for engine in engines if not engine.options.embeddings]
+    talkers = [engine for engine in engines if not engine.embeddings]
     return bool(talkers) and await talkers[0].ask("/") == 200
 
 

@@ -48,6 +48,18 @@ def test_models_are_listed_in_the_order_of_the_command(client: openai.OpenAI) ->
     assert client.models.retrieve(CALLER).id == CALLER
 
 
+@pytest.mark.parametrize("name", ["tinymix", "TinyMix:BF16", "tinymix-BF16.gguf"])
+def test_a_model_by_its_other_names(client: openai.OpenAI, name: str) -> None:
+    assert reply(client, model=name, max_tokens=1).model == CHAT
+
+
+def test_address_and_key_from_variables(guarded: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_BASE_URL", f"{guarded.url}/v1")
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with openai.OpenAI() as client:
+        assert text_of(reply(client)) == ANSWER
+
+
 def test_chat(client: openai.OpenAI) -> None:
     completion = reply(client)
     assert completion.model == CHAT

@@ -177,6 +177,10 @@ def test_the_page_asks_for_the_key(guarded: Served, open_page: Callable[..., Pag
     box.fill(KEY)
     box.press("Enter")
     wait_for_text(ask(page, "Where does Wilma live?"), ANSWER)
+    wait_until_done(page)
+    page.reload()
+    wait_for_text(page.locator(REPLIES).first, ANSWER)
+    wait_for_text(ask(page, "威玛住在哪里？"), "威玛住在苹果院47号。")
 
 
 def test_a_bent_name_is_refused(served: Served, browser: Browser) -> None:

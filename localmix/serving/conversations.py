@@ -54,7 +54,9 @@ class Conversations(Generic[Place]):
 
     def leave(self, name: str) -> None:
         """One has read it to its end, or has gone."""
-        kept = self._kept[name]
+        kept = self._kept.get(name)
+        if kept is None:  # closed meanwhile
+            return
         kept.readers -= 1
         if kept.readers == 0:
             kept.timer = asyncio.get_running_loop().call_later(self._seconds, self._end, name)

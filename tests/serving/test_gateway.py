@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import time
@@ -11,7 +12,9 @@ from typing import Any
 
 import pytest
 
+from localmix.errors import UsageError
 from localmix.serving import gateway
+from localmix.serving.gateway import Gateway
 from localmix.serving.policy import Policy
 from tests.gateways import (
     ENDLESS,
@@ -331,6 +334,22 @@ def test_props_say_nothing_of_the_file_system(front: Front, tinymix_q8_0: Path) 
     answer = front.ask("GET", "/props")
     assert answer.json["model_path"] == tinymix_q8_0.name and str(tinymix_q8_0.parent) not in answer.body.decode()
     assert answer.json["endpoint_slots"] is False
+
+
+@pytest.mark.parametrize("host", ["::1", "localhost"])
+def test_other_addresses_of_this_machine(server: Server, host: str) -> None:
+    with running_gateway([server], Policy(host=host, port=0)) as front:
+        assert front.ask("GET", "/v1/models").status == 200
+        assert front.ask("GET", "/health", headers={"Host": "evil.example"}).status == 403
+
+
+@pytest.mark.parametrize("host", ["", "192.0.2.1", "no.such.host.invalid", "a b"])
+def test_where_nothing_can_listen(front: Front, host: str) -> None:
+    gateway = Gateway([], Policy(host=host or front.host, port=0 if host else front.port), lambda record: None)
+    with pytest.raises(UsageError, match="Nothing can listen on") as told:
+        asyncio.run(gateway.start())
+    assert "--port" in told.value.hint
+    asyncio.run(gateway.stop())
 
 
 # ------- bad input

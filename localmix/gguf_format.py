@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -145,15 +145,22 @@ def encode_entry(info: TensorInfo, offset: int) -> bytes:
     return _string(info.name) + struct.pack(f"<I{len(dimensions)}QIQ", len(dimensions), *dimensions, info.type, offset)
 
 
-def encode_header(metadata: Mapping[str, MetaValue], tensors: Sequence[TensorInfo]) -> bytes:
+def encode_header(
+    metadata: Mapping[str, MetaValue],
+    tensors: Sequence[TensorInfo],
+    encode: Callable[[MetaValue], bytes] = encode_value,
+) -> bytes:
     """The head of a GGUF file that holds these tensors one after the other, padded to the default alignment.
 
     Another alignment that the metadata comes with, from the file it was read from, is left out.
+
+    Args:
+        encode: `encode_value`, or what remembers its answers.
     """
     metadata = {key: value for key, value in metadata.items() if key != ALIGNMENT}
     parts = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(metadata))]
     for key, value in metadata.items():
-        parts += [_string(key), encode_value(value)]
+        parts += [_string(key), encode(value)]
     offsets, _ = layout(tensors)
     parts += map(encode_entry, tensors, offsets)
     head = b"".join(parts)

@@ -15,7 +15,7 @@ from pathlib import Path
 from gguf.constants import GGUFValueType as ValueType
 
 from localmix.errors import InputError, UsageError
-from localmix.gguf_format import encode_entry, encode_header, layout, padded, tensor_bytes
+from localmix.gguf_format import encode_entry, encode_header, encode_value, layout, padded, tensor_bytes
 from localmix.importance import Importance
 from localmix.native.kernels import requires_importance
 from localmix.native.mixture import Mixture, choose_types, file_type
@@ -117,6 +117,7 @@ class Planner:
     def __init__(self, source: Source) -> None:
         self._source = source
         self._skeleton = _skeleton(source)
+        self._encoded: dict[int, tuple[MetaValue, bytes]] = {}
 
     def plan(
         self,
@@ -152,7 +153,7 @@ class Planner:
             metadata = whole if part == 0 else {}
             if len(parts) > 1:
                 metadata |= _split_metadata(part, len(parts), len(infos))
-            header = encode_header(metadata, [infos[index] for index in members])
+            header = encode_header(metadata, [infos[index] for index in members], self._encode)
             headers.append(header)
             offsets, _ = layout(infos[index] for index in members)
             for index, offset in zip(members, offsets, strict=True):
@@ -168,6 +169,14 @@ class Planner:
                     )
                 )
         return Plan(preset.name, tuple(headers), tuple(tensors))
+
+    def _encode(self, value: MetaValue) -> bytes:
+        """`encode_value`, once for each array: a vocabulary takes a quarter of a second."""
+        if value.type != ValueType.ARRAY:
+            return encode_value(value)
+        if id(value) not in self._encoded:
+            self._encoded[id(value)] = value, encode_value(value)  # held, so that no other gets its id
+        return self._encoded[id(value)][1]
 
     def _mixture(self, preset: Preset, rules: Sequence[Rule], has_imatrix: bool) -> Mixture:
         if preset.base == COPY:

@@ -85,12 +85,13 @@ class Chosen:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A preset of this model."""
+    """A preset of this model; its plan is not kept, whose head can have megabytes."""
 
     preset: Preset
-    plan: Plan
     types: Mapping[str, TensorType]
     rated: Rated
+    file_bytes: int
+    weight_bytes: int
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ class Chooser:
         for tensor in freedom.free:
             if types[tensor.name] not in (*self._errors[tensor.name], tensor.type):
                 return None
-        return _Candidate(adapted, plan, types, self._rate(plan, types))
+        return _Candidate(adapted, types, self._rate(plan, types), plan.file_bytes, plan.weight_bytes)
 
     def _rate(self, plan: Plan, types: Mapping[str, TensorType]) -> Rated:
         tensors = self._freedom.quantizable
@@ -205,6 +206,8 @@ class Chooser:
             CapacityError: the machine that it is for is too small for the smallest mixture.
         """
         freedom = self._freedom
+        if not freedom.free:
+            raise UsageError("There is nothing to choose: no tensor of this model is left whose type is not fixed.")
         limit = target.limit(freedom.source.parameters)
         whole = target.measure(freedom.plan(Preset(COPY, COPY)))
         if limit > whole:
@@ -235,7 +238,7 @@ class Chooser:
         rated = self._rate(found.plan, found.types)
         if best is not None and (rated.damage > best.rated.damage or (rated.seconds or 0) > seconds):
             preset = replace(best.preset, name=target.name)
-            plan = replace(best.plan, type=target.name)
+            plan = freedom.plan(preset)
             notes = [f"{target.name}: nothing better was found than {best.rated.name} as it is."]
             rated = replace(best.rated, name=target.name)
         else:
@@ -252,7 +255,7 @@ class Chooser:
         within = [
             found
             for found in self._candidates
-            if target.measure(found.plan) <= limit and self._options_of(found) is not None
+            if target.measure(found) <= limit and self._options_of(found) is not None
         ]
         if self._speeds is None:
             return within, math.inf

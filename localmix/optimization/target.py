@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from localmix.errors import UsageError
-
-if TYPE_CHECKING:
-    from localmix.plan import Plan
 
 _BYTES = {
     "B": 1,
@@ -22,6 +19,18 @@ _BYTES = {
 }
 _SPELLED = {"B": "B", "KB": "KB", "MB": "MB", "GB": "GB", "KIB": "KiB", "MIB": "MiB", "GIB": "GiB"}
 _TARGET = re.compile(r"(?P<number>\d{1,15}(?:\.\d{1,15})?)\s*(?P<unit>BPW|[KMG]I?B?|B)", re.IGNORECASE)
+
+
+class Sized(Protocol):
+    """What has the size of an output, such as a plan."""
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of its files."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of its tensors."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +53,9 @@ class Target:
         """The bytes that `measure` may give."""
         return self.bytes if self.bytes is not None else int((self.bits or 0) * parameters / 8)
 
-    def measure(self, plan: Plan) -> int:
+    def measure(self, output: Sized) -> int:
         """The bytes of an output that count."""
-        return plan.file_bytes if self.bytes is not None else plan.weight_bytes
+        return output.file_bytes if self.bytes is not None else output.weight_bytes
 
     def describe(self, counted: int, parameters: int) -> str:
         """So many bytes as the target is given: bits of a weight, or a size."""

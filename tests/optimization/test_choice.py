@@ -11,6 +11,7 @@ import pytest
 from localmix.errors import InputError, UsageError
 from localmix.gguf_format import read_header
 from localmix.importance import Entry, Importance, write_importance
+from localmix.native.model import Model
 from localmix.optimization.choice import Chooser
 from localmix.optimization.freedom import K_TYPES, TYPES, Freedom, Terms
 from localmix.optimization.recipe import describe_rules
@@ -18,6 +19,7 @@ from localmix.optimization.sampled_error import can_hold, relative_errors
 from localmix.optimization.target import parse_target
 from localmix.plan import Planner
 from localmix.presets import Preset, Rule, load_presets
+from localmix.quantize import quantize
 from localmix.sources.base import Source
 from localmix.sources.open import open_source
 from localmix.tensor_types import TensorType
@@ -165,6 +167,12 @@ def test_a_minimum_that_does_nothing_is_told(tinymix: Source) -> None:
         Freedom(tinymix, Terms(minima=(Rule("(", TensorType.Q8_0),)))
 
 
+def test_when_everything_is_fixed_nothing_is_left_to_choose(tinymix: Source) -> None:
+    fixed = chooser(tinymix, Terms(rules=(Rule(".", TensorType.Q4_K),)))
+    with pytest.raises(UsageError, match="nothing to choose"):
+        fixed.choose(parse_target("3.5bpw"))
+
+
 def test_only_given_types_are_chosen(tinymix: Source) -> None:
     chosen = chooser(tinymix, Terms(types=K_TYPES)).choose(parse_target("4.5bpw"))
     assert {tensor.type for tensor in chosen.plan.tensors} <= {TensorType.F32, *K_TYPES}
@@ -230,7 +238,7 @@ def test_the_recipe_is_in_the_metadata_until_the_model_is_quantized_otherwise(
 
 
 @pytest.mark.upstream
-def test_llama_quantize_gives_the_same_types_under_the_same_rules(
+def test_llama_quantize_makes_the_same_weights_under_the_same_rules(
     usual: Chooser, tinymix: Source, upstream: Path, tmp_path: Path
 ) -> None:
     chosen = usual.choose(parse_target("3.3bpw"))
@@ -240,6 +248,15 @@ def test_llama_quantize_gives_the_same_types_under_the_same_rules(
     made = tmp_path / "made.gguf"
     command = [upstream / "llama-quantize", "--imatrix", imatrix, *rules, tinymix.path, made, chosen.preset.base, "1"]
     subprocess.run(command, check=True, capture_output=True)
-    with open_source(made) as theirs:
-        found = {tensor.name: tensor.type for tensor in theirs.tensors}
-    assert found == {tensor.info.name: tensor.type for tensor in chosen.plan.tensors}
+    ours = quantize(tinymix.path, [(chosen.preset, tmp_path / "ours.gguf")], imatrix=imatrix, threads=1).outputs[0]
+    assert ours.bytes == ours.path.stat().st_size == chosen.plan.file_bytes
+    planned = {tensor.info.name: tensor.type for tensor in chosen.plan.tensors}
+    with open_source(made) as theirs, open_source(ours.path) as source:
+        assert {tensor.name: tensor.type for tensor in theirs.tensors} == planned
+        by_name = {tensor.name: tensor for tensor in source.tensors}
+        for tensor in theirs.tensors:
+            np.testing.assert_array_equal(
+                theirs.read(tensor, 0, tensor.rows), source.read(by_name[tensor.name], 0, tensor.rows)
+            )
+    with Model(ours.path) as loaded:
+        assert loaded.parameters == tinymix.parameters

@@ -96,11 +96,11 @@ def test_a_wrong_option_is_a_sentence(library: CommandLine, words: tuple[str, ..
 
 
 def test_types_of_tensors(localmix: CommandLine) -> None:
-    run = localmix("bench", "--types", "q8_0,F32", "--threads", "1", "--again")
+    run = localmix("bench", "--types", "q8_0,Q2_K", "--threads", "1", "--again")
     lines = run.out.splitlines()
     assert lines[0].split() == ["Type", "BPW", "GB/s", "ns/1000", "weights", "Time", "÷", "Q4_K"]
     rows = [line.split() for line in lines[2:4]]
-    assert [row[:2] for row in rows] == [["Q8_0", "8.50"], ["F32", "32.00"]]
+    assert [row[:2] for row in rows] == [["Q8_0", "8.50"], ["Q2_K", "2.62"]]
     for _, bits, bandwidth, nanoseconds, _ in rows:
         # 1000 weights of so many bits
         assert float(bandwidth) == pytest.approx(float(bits) / 8 * 1000 / float(nanoseconds), rel=0.02)

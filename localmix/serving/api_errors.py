@@ -70,7 +70,7 @@ class ApiError(Exception):
 
     def body(self) -> bytes:
         """The same as JSON."""
-        return json.dumps(self.document(), ensure_ascii=False).encode()
+        return json.dumps(self.document(), ensure_ascii=False).encode("utf-8", "backslashreplace")
 
     def event(self, anthropic: bool) -> bytes:
         """The same as an event of a stream that has begun; the blank line ends an event that was cut."""

@@ -337,7 +337,8 @@ class Gateway:
             call.from_page = True
             return
         if len(origins) == 1 and self._policy.allows_origin(origins[0]):
-            call.cors = {"Access-Control-Allow-Origin": origins[0], "Vary": "Origin"}
+            allowed = "*" if "*" in self._policy.cors_origins else origins[0]
+            call.cors = {"Access-Control-Allow-Origin": allowed, "Vary": "Origin"}
             return
         # an image or a script of a foreign page is fetched without an Origin
         site = headers.get("Sec-Fetch-Site", "none")

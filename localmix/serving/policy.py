@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -13,6 +14,7 @@ LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 # what a page of a named origin may send along; OpenAI's own client adds the x-stainless ones
 CORS_HEADERS = frozenset({"accept", "authorization", "content-type", "x-api-key", "anthropic-version"})
 CORS_HEADER_PREFIXES = ("x-stainless-", "openai-", "anthropic-")
+_HEADER_NAME = re.compile(r"[a-z0-9-]{1,64}")
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def host_name(header: str) -> str | None:
 
 def allowed_cors_headers(asked: str) -> list[str]:
     """Of the headers that a preflight asks for, those that a client of the API needs."""
-    names = [name.strip().lower() for name in asked.split(",")]
+    names = [name for name in (part.strip().lower() for part in asked.split(",")) if _HEADER_NAME.fullmatch(name)]
     return [name for name in names if name in CORS_HEADERS or name.startswith(CORS_HEADER_PREFIXES)]
 
 

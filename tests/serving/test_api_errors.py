@@ -49,3 +49,7 @@ def test_an_event_ends_the_one_that_was_cut() -> None:
     first, second, rest = cut.split(b"\n\n")
     assert first.startswith(b"data: ") and json.loads(second[6:])["error"]["code"] == "x" and rest == b""
     assert b"\n\nevent: error\ndata: " in ApiError(503, "gone").event(anthropic=True)
+
+
+def test_any_text_can_be_told() -> None:
+    assert json.loads(ApiError(404, "caf\u00e9 \udcff").body())["error"]["message"] == "caf\u00e9 \udcff"

@@ -336,6 +336,15 @@ def test_props_say_nothing_of_the_file_system(front: Front, tinymix_q8_0: Path) 
     assert answer.json["endpoint_slots"] is False
 
 
+def test_every_page_may_come_in_where_that_was_asked_for(server: Server) -> None:
+    with running_gateway([server], Policy(port=0, cors_origins=frozenset({"*"}))) as front:
+        answer = front.ask("GET", "/v1/models", headers={"Origin": "https://chat.example"})
+        assert answer.status == 200 and answer.headers["Access-Control-Allow-Origin"] == "*"
+        assert "Access-Control-Allow-Credentials" not in answer.headers
+        raw = front.send(b"GET /health HTTP/1.1\r\nHost: localhost\r\nOrigin: http://\xff\r\nConnection: close\r\n\r\n")
+        assert raw.startswith(b"HTTP/1.1 200")
+
+
 @pytest.mark.parametrize("host", ["::1", "localhost"])
 def test_other_addresses_of_this_machine(server: Server, host: str) -> None:
     with running_gateway([server], Policy(host=host, port=0)) as front:

@@ -128,6 +128,8 @@ class Examiner:
                 source.require_generation()
             trained = memory.trained_context(source)
             context = wish.context or min(memory.DEFAULT_CONTEXT, trained)
+            if not source.generates:
+                context = min(context, trained)  # it has learned a vector for each position
             count = sequences or wish.sequences
             setting = Setting(context * count, wish.kv_type, sequences=count)
             embeddings = wish.embeddings or not source.generates

@@ -15,7 +15,7 @@ from localmix.conversation.chat_events import DraftSettings
 from localmix.errors import FileError, UsageError
 from localmix.native.devices import PROCESSOR, has_gpu_backend
 from localmix.serving.draft_check import check_draft
-from localmix.serving.engine_options import PLAIN_TEMPLATE, EngineOptions, rope_base
+from localmix.serving.engine_options import PLAIN_TEMPLATE, EngineOptions, longer_key, rope_base
 from localmix.serving.server_binary import server_devices
 from localmix.sources.open import open_source
 
@@ -141,6 +141,7 @@ class Preparation:
                 repack=choice.repack,
                 threads=wishes.threads,
                 rope=wishes.rope,
+                longer_key=longer_key(source, choice.context, wishes.rope),
                 rope_base=rope_base(source, wishes.rope),
                 draft=None if choice.embeddings else draft,
                 template=None if choice.embeddings else self._template(source, name),

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from localmix.capacity.memory import trained_context
 from localmix.conversation.chat_events import DraftSettings
 from localmix.errors import UsageError
 from localmix.native.devices import ANYWHERE, Placement, default_threads
@@ -15,6 +16,7 @@ from localmix.serving.gateway import EngineAddress
 from localmix.sources.base import Source
 
 MIB = 2**20
+_CELLS = 256  # llama.cpp rounds a context up to a multiple
 NGRAM_TOKENS = 4
 
 # How chat writes a conversation for a model without a template: its texts, one under the other.
@@ -66,6 +68,8 @@ class EngineOptions:
         name: what clients call it.
         context: positions of each slot.
         slots: requests that are worked on at once.
+        longer_key: the metadata key of the trained context, where `context` goes beyond it: llama-server would stop
+            there otherwise.
         rope_base: base of the rotary frequencies; None for the model's own.
         template: a file with a Jinja template; None for the model's own.
         embeddings: make vectors instead of text.
@@ -82,6 +86,7 @@ class EngineOptions:
     placement: Placement = ANYWHERE
     repack: bool = True
     threads: int | None = None
+    longer_key: str | None = None
     rope: RopeScaling | None = None
     rope_base: float | None = None
     draft: DraftSettings | None = None
@@ -112,6 +117,8 @@ class EngineOptions:
             given["--port"] = address.port
         if self.template is not None:
             given["--chat-template-file"] = self.template
+        if self.longer_key is not None:
+            given["--override-kv"] = f"{self.longer_key}=int:{-(-self.context // _CELLS) * _CELLS}"
         flags = ["--offline", *([] if self.repack else ["--no-repack"])]
         if self.embeddings:
             # a text's tokens see each other: they have to be computed at once
@@ -179,6 +186,14 @@ def _draft_placement(placement: Placement) -> dict[str, object]:
     if placement.gpu_layers == 0:
         return {"device": "none", "ngl": 0}
     return {"device": ",".join(placement.devices)} if placement.devices else {}
+
+
+def longer_key(source: Source, context: int, rope: RopeScaling | None) -> str | None:
+    """`EngineOptions.longer_key`; with YaRN llama.cpp itself counts the trained context anew."""
+    yarn = rope is not None and rope.kind == "yarn"
+    if context <= trained_context(source) or yarn or not source.generates:
+        return None
+    return f"{source.architecture}.context_length"
 
 
 def rope_base(source: Source, rope: RopeScaling | None) -> float | None:

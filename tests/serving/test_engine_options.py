@@ -11,7 +11,7 @@ from localmix.conversation.chat_events import DraftSettings
 from localmix.errors import UsageError
 from localmix.native.devices import PROCESSOR, Placement
 from localmix.rope_scaling import RopeScaling
-from localmix.serving.engine_options import REFUSED, EngineOptions, check_further, environment, rope_base
+from localmix.serving.engine_options import REFUSED, EngineOptions, check_further, environment, longer_key, rope_base
 from localmix.serving.gateway import EngineAddress
 from localmix.sources.open import open_source
 
@@ -89,6 +89,15 @@ def test_what_would_get_round_localmix_is_refused(argument: str) -> None:
     with pytest.raises(UsageError) as caught:
         check_further(["--temp", "0.5", argument])
     assert caught.value.hint in REFUSED.values()
+
+
+def test_beyond_the_trained_context(random_model: Path) -> None:
+    with open_source(random_model) as source:
+        assert longer_key(source, 2048, None) is None and longer_key(source, 4000, RopeScaling("yarn", 2.0)) is None
+        key = longer_key(source, 4000, None)
+    assert key == "llama.context_length"
+    arguments = given(EngineOptions(Path("m.gguf"), "m", 4000, longer_key=key))
+    assert arguments["--override-kv"] == "llama.context_length=int:4096" and arguments["--ctx-size"] == "4000"
 
 
 def test_other_arguments_go_through() -> None:

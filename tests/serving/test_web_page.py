@@ -64,6 +64,8 @@ def open_page(browser: Browser) -> Iterator[Callable[..., Page]]:
         contexts.append(context)
         page = context.new_page()
         page.on("request", judge)
+        # what the policy of the page stops is no request yet, and an attempt all the same
+        page.on("console", lambda said: wrong.append(said.text) if "Content Security Policy" in said.text else None)
         page.on("pageerror", lambda error: wrong.append(f"script: {error}"))
         page.on("response", lambda found: wrong.append(f"missing: {found.url}") if found.status == 404 else None)
         page.goto(f"{served.url}/")

@@ -326,6 +326,7 @@ def curl(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=True, encoding="utf-8")
 
 
+JSON = ("--header", "Content-Type: application/json", "--data")
 BODY = json.dumps({"model": CHAT, "messages": [QUESTION], "temperature": 0})
 
 
@@ -336,7 +337,7 @@ def test_curl_chats_without_naming_a_content_type(served: Served) -> None:
 
 def test_curl_reads_a_stream(served: Served) -> None:
     body = json.dumps({**json.loads(BODY), "stream": True})
-    run = curl("--no-buffer", "--include", f"{served.url}/v1/chat/completions", "--json", body)
+    run = curl("--no-buffer", "--include", f"{served.url}/v1/chat/completions", *JSON, body)
     head, _, rest = run.stdout.partition("\n\n")
     assert "200" in head.splitlines()[0]
     assert "text/event-stream" in head.lower()
@@ -352,7 +353,7 @@ def test_curl_lists_the_models(served: Served) -> None:
 
 
 def test_curl_with_keys(guarded: Served) -> None:
-    ask = ("--write-out", "\n%{http_code}", f"{guarded.url}/v1/chat/completions", "--json", BODY)
+    ask = ("--write-out", "\n%{http_code}", f"{guarded.url}/v1/chat/completions", *JSON, BODY)
     for header in ((), ("--header", "Authorization: Bearer wrong")):
         error, status = curl(*ask, *header).stdout.rsplit("\n", 1)
         assert status == "401"
@@ -364,6 +365,6 @@ def test_curl_with_keys(guarded: Served) -> None:
 def test_curl_speaks_to_it_as_to_anthropic(guarded: Served) -> None:
     body = json.dumps({**json.loads(BODY), "max_tokens": 60})
     key = ("--header", f"x-api-key: {KEY}", "--header", "anthropic-version: 2023-06-01")
-    answer = json.loads(curl(f"{guarded.url}/v1/messages", "--json", body, *key).stdout)
+    answer = json.loads(curl(f"{guarded.url}/v1/messages", *JSON, body, *key).stdout)
     assert answer["content"][0]["text"].strip() == ANSWER
     assert answer["stop_reason"] == "end_turn"

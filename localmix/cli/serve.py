@@ -184,14 +184,16 @@ def command(
                 stack.callback(log.close)
                 teller.log = log.path
             _serve(program, options, folder, policy, teller, log, machines)
-    except LocalmixError as error:
+        if not teller.was_ready:
+            raise Interrupted("Stopped.")
+    except (LocalmixError, KeyboardInterrupt) as stopped:
         if not json:
             raise
+        # the document of other commands has many lines
+        error = stopped if isinstance(stopped, LocalmixError) else Interrupted("Stopped.")
         teller.line("error", message=error.message, hint=error.hint, exit_code=error.exit_code)
         console.error(error)
         return error.exit_code
-    if not teller.was_ready:
-        raise Interrupted("Stopped.")
     return 0
 
 

@@ -117,7 +117,10 @@ class Preparation:
             if any(options.name == other.name for other in found):
                 raise UsageError(f"{options.name} is named twice.", "Clients could not tell the two apart.")
             found.append(options)
-        library.remember(found[0].model)
+        for options in found:
+            if not options.embeddings:  # the next chat is with it
+                library.remember(options.model)
+                break
         # half of what is left; the rest is for other programs, and for the system's cache of files
         share = min(_MOST_CACHE_BYTES, max(0, room) // 2 // len(found))
         return [dataclasses.replace(options, cache_bytes=share) for options in found]

@@ -136,6 +136,31 @@ def test_a_terminal_sees_how_far_loading_is(serve: CommandLine) -> None:
     assert "Loading fox:BF16: 0%" in lines and "fox:BF16 is loaded; it gets ready …" in lines
 
 
+def test_the_chat_page_is_opened(serve: CommandLine) -> None:
+    script = serve.folder / "browser"
+    script.write_text('#!/bin/sh\necho "$1" > opened\n')
+    script.chmod(0o755)
+    browsing = CommandLine(serve.home, serve.folder, {**serve.variables, "BROWSER": f"{script} %s"})
+    with running(browsing, *SMALL, "--open") as run:
+        ready = run.wait("ready")
+        opened = serve.folder / "opened"
+        deadline = time.monotonic() + 10
+        while ready["page"] and not (opened.exists() and opened.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not ready["page"] or opened.read_text() == f"{ready['url']}/\n"
+        assert run.end(signal.SIGINT) == 0
+
+
+def test_ctrl_c_while_it_loads(serve: CommandLine) -> None:
+    with running(serve, *SMALL) as run:
+        run.wait("listening")
+        servers = run.servers
+        assert run.end(signal.SIGINT) == 130
+        assert "ready" not in [event["event"] for event in run.events]
+        assert run.events[-1]["event"] == "error" and run.events[-1]["exit_code"] == 130
+        assert not psutil.wait_procs(servers, timeout=5)[1]
+
+
 def test_a_crash_is_repaired(serve: CommandLine) -> None:
     with running(serve, *SMALL) as run:
         url = run.wait("ready")["url"]

@@ -13,7 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from localmix.serving.service import Listening, Stop, private_folder, stopped_by_signals
+from localmix.errors import CapacityError
+from localmix.serving.engine import Engine, GivenUp
+from localmix.serving.engine_options import EngineOptions
+from localmix.serving.policy import Policy
+from localmix.serving.service import Event, Listening, Loading, Ready, Stop, private_folder, run, stopped_by_signals
 
 
 @pytest.mark.parametrize(
@@ -78,3 +82,25 @@ def test_signals_ask_first_and_then_insist() -> None:
 
     asyncio.run(main())
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
+
+
+@pytest.mark.upstream
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_it_ends_when_every_engine_is_given_up(upstream: Path, tinymix_bf16: Path, short: Path) -> None:
+    told: list[Event] = []
+    options = EngineOptions(tinymix_bf16, "tinymix", 256, threads=1)
+    engine = Engine(upstream / "llama-server", options, short, tell=told.append, pauses=())
+
+    def tell(event: Event) -> None:
+        told.append(event)
+        if isinstance(event, Ready):
+            os.kill(engine.pid or 0, signal.SIGKILL)
+
+    async def main() -> None:
+        await asyncio.wait_for(run([engine], Policy(port=0), lambda access: None, tell, Stop()), 20)
+
+    with pytest.raises(CapacityError, match="was killed"):
+        asyncio.run(main())
+    assert isinstance(told[0], Listening) and isinstance(told[1], Loading)
+    assert Ready(told[0].url, ("tinymix",), told[-2].page) == told[-2]  # type: ignore[union-attr]
+    assert isinstance(told[-1], GivenUp) and engine.pid is None

@@ -266,10 +266,8 @@ class Engine:
 
     def _new_address(self) -> EngineAddress:
         if _UNIX_SOCKETS:
-            path = (
-                self._folder / f"{secrets.token_hex(4)}.sock"
-            )  # a new name: an old process may still hold the old one
-            return EngineAddress(path)
+            # a new name each time: a process that is going may still hold the old one
+            return EngineAddress(self._folder / f"{secrets.token_hex(4)}.sock")
         with socket.socket() as chosen:
             chosen.bind(("127.0.0.1", 0))
             return EngineAddress(None, chosen.getsockname()[1], secrets.token_urlsafe(32))

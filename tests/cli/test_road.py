@@ -215,7 +215,12 @@ def test_doctor(localmix: CommandLine) -> None:
     assert any(device["name"] == "CPU" for device in result["devices"])
     assert result["problems"] == []
     assert result["library"] == str(localmix.home)
-    assert ", 1 model," in localmix("doctor").out
+    assert result["server"] is None or Path(result["server"]["path"]).is_file()
+    shown = localmix("doctor").out
+    assert ", 1 model," in shown and "\nllama-server " in shown
+    assert "--sdist needs --build-server" in localmix("doctor", "--sdist", "x", expect=2).err
+    missing = localmix("doctor", "--build-server", "--sdist", "none.tar.gz", expect=3)
+    assert "llama-server cannot be built: none.tar.gz: there is no such file." in missing.err
 
 
 def test_after_several_files_elsewhere_chat_takes_the_first(localmix: CommandLine) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from localmix.errors import CapacityError, InputError, Interrupted
+from localmix import worker as worker_module
+from localmix.errors import CapacityError, InputError, Interrupted, NetworkError
 from localmix.worker import Progress, Worker, WorkerFailure, explain_death, last_words, run
 from tests import worker_jobs
 
@@ -116,6 +117,24 @@ def test_real_faults_of_native_code(tmp_path: Path, capfd: pytest.CaptureFixture
     with pytest.raises(InputError, match="no such token"):
         run(worker_jobs.print_and_abort, file)
     assert capfd.readouterr() == ("", "")
+
+
+def test_what_children_depend_on_is_asked_first_why_they_died() -> None:
+    reasons: list[NetworkError | None] = [None, NetworkError("The other machine is gone.")]
+    worker_module.death_reasons.extend([lambda: reasons[0], lambda: reasons[1]])
+    try:
+        for told, error in ((reasons[1], NetworkError), (None, CapacityError)):
+            reasons[1] = told
+            with Worker(worker_jobs.echo) as child:
+                child.send("x")
+                assert next(child) == "x"
+                assert child in worker_module.running
+                child.kill()
+                with pytest.raises(error):
+                    next(child)
+            assert child not in worker_module.running
+    finally:
+        worker_module.death_reasons.clear()
 
 
 def test_errors_of_the_function() -> None:

@@ -137,7 +137,8 @@ def split(
         compute: bytes of the compute buffers, by device.
         devices: the GPUs to use, in llama.cpp's order.
         gpu_layers: so many layers, the output layer counted, whether they fit or not; None for as many as fit.
-        experts: `cpu` keeps all of them off the GPUs, `gpu` none, `auto` as many as have to be.
+        experts: `cpu` keeps all of them off the GPUs, `gpu` none, `auto` as many as have to be; with devices of other
+            machines `auto` keeps none.
         named: put the devices' names into the placement, so that llama.cpp uses these only; with devices of other
             machines it has to be.
 
@@ -147,7 +148,9 @@ def split(
     """
     names = tuple(device.name for device in devices) if named else ()
     servers = tuple(dict.fromkeys(device.server for device in devices if device.server))
-    most_kept = len(weights.layers) if weights.is_mixture and experts != "gpu" else 0
+    # a layer whose experts are on another machine than the rest of it goes over the network twice more
+    keeping = experts == "cpu" or (experts == "auto" and not servers)
+    most_kept = len(weights.layers) if weights.is_mixture and keeping else 0
     least_kept = most_kept if experts == "cpu" else 0
 
     def attempt(layers: int, kept: int) -> Split:
@@ -181,26 +184,30 @@ def _load(
     counts = [0] * len(devices)
     on_devices = cached = 0
     first = len(weights.layers) + 1 - count
+    last = 0
     for number in range(count):
-        place = bisect_right(shares, number / count * shares[-1])
-        name = devices[place].name
-        counts[place] += 1
         block = first + number
         if block == len(weights.layers):
-            size = weights.output
+            size, cache = weights.output, 0
         else:
             layer = weights.layers[block]
-            size = layer.rest + (layer.experts if block >= placement.cpu_expert_layers else 0)
-            cached += kv[block]
-            used[name] += kv[block]
-        used[name] += size
+            size, cache = layer.rest + (layer.experts if block >= placement.cpu_expert_layers else 0), kv[block]
+        place = bisect_right(shares, number / count * shares[-1])
+        if placement.servers:  # what has no room on one goes to the next
+            last = max(last, place)
+            while last < len(devices) - 1 and not _has_room(devices[last], used[devices[last].name] + size + cache):
+                last += 1
+            place = last
+        used[devices[place].name] += size + cache
+        counts[place] += 1
         on_devices += size
+        cached += cache
     if placement.servers:
         placement = replace(placement, layer_counts=tuple(counts))
         used = {name: size if counts[place] else 0 for place, (name, size) in enumerate(used.items())}
-    overfull = (
-        device.name
-        for device in devices
-        if device.total and used[device.name] and used[device.name] + RESERVE_BYTES > device.free
-    )
+    overfull = (device.name for device in devices if used[device.name] and not _has_room(device, used[device.name]))
     return Split(placement, on_devices, cached, used, tuple(overfull))
+
+
+def _has_room(device: Device, size: int) -> bool:
+    return not device.total or size + RESERVE_BYTES <= device.free

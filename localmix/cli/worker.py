@@ -112,6 +112,10 @@ class _Teller:
     """Says what happens: to a person, or as JSON to a program."""
 
     def __init__(self, json: bool) -> None:
+        # here, because Ctrl-C in the middle of an import leaves Python 3.11 with the exit code of a signal
+        from localmix.presentation.table import size
+
+        self._size = size
         self._json = json
         self.console = Console()
         self.began = False
@@ -134,8 +138,8 @@ class _Teller:
     def tell(self, events: queue.SimpleQueue[Event]) -> NoReturn:
         """Say what happens, until Ctrl-C."""
         from localmix.distribution import front
-        from localmix.presentation.table import size
 
+        size = self._size
         while True:
             try:
                 event = events.get(timeout=0.5)  # a wait without an end cannot be interrupted on Windows

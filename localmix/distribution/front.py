@@ -217,6 +217,7 @@ class _Visit:
         self._tell = tell
         self._requests = _Requests()
         self._sent = 0
+        self._left = False
         self._reason = ""
 
     def run(self) -> None:
@@ -229,6 +230,7 @@ class _Visit:
             answers = threading.Thread(target=self._pass_answers, args=(server,), daemon=True)
             answers.start()
             self._pass_requests(server)
+            self._left = True
             self._end(server)
             answers.join()
         if self._requests.loads:
@@ -269,8 +271,8 @@ class _Visit:
                     self._lose(error)
                     break
                 self._sent += len(piece)
-        if not self._server.alive:
-            self._reason = self._reason or f"{PROGRAM} crashed"
+        if not self._left and not self._reason:
+            self._reason = f"{PROGRAM} crashed" if self._server.ends() else f"{PROGRAM} did not understand it"
         self._end(server)
 
     def _correct(self, device: int, answer: bytearray, server: socket.socket) -> bytearray:

@@ -25,6 +25,7 @@ PROGRAM = "ggml-rpc-server"
 _OTHER_NAMES = ("rpc-server", "llama-rpc-server")  # in packages of other versions
 _START_SECONDS = 60.0  # a GPU's driver takes its time
 _STOP_SECONDS = 2.0
+_END_SECONDS = 0.5  # its connections end a little before it does
 _POLL_SECONDS = 0.05
 _KEPT_LINES = 100
 
@@ -103,6 +104,13 @@ class RpcServer:
     def alive(self) -> bool:
         """Whether the process runs."""
         return self._process is not None and self._process.poll() is None
+
+    def ends(self) -> bool:
+        """Whether the process is gone, or about to be."""
+        end = time.monotonic() + _END_SECONDS
+        while self.alive and time.monotonic() < end:
+            time.sleep(_POLL_SECONDS)
+        return not self.alive
 
     def start(self, port: int = 0) -> None:
         """Start it, again too, and wait until it answers; port 0 for any free one."""

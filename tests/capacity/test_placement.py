@@ -186,3 +186,48 @@ def test_tensors_are_weighed_by_where_they_can_lie() -> None:
 def test_a_tied_embedding_is_the_output_layer() -> None:
     found = weigh([tensor("token_embd.weight", 10, 4), tensor("blk.0.attn_q.weight", 4, 4)])
     assert found.output == 80 and found.input == 0 and found.total == 112 and not found.is_mixture
+
+
+def spread(weights: Weights, *free: int, kv: int = 5, compute: int = 7, **wish: object) -> Split:
+    """As `place`, on workers."""
+    devices = [
+        Device(f"RPC{number}", f"10.0.0.{number}:1", "remote", size + RESERVE, size + RESERVE, f"127.0.0.1:{number}")
+        for number, size in enumerate(free)
+    ]
+    buffers = {device.name: compute for device in devices}
+    return split(weights, [kv] * len(weights.layers), buffers, devices, named=True, **wish)  # type: ignore[arg-type]
+
+
+def test_layers_of_other_machines_are_counted_by_what_is_left_for_them() -> None:
+    found = spread(dense(9), 600 + 7, 300 + 7)
+    # of 8 layers two thirds would be 6, for which the first has no room
+    assert found.placement.layer_counts == (5, 3) and found.placement.gpu_layers == 8
+    assert found.placement.devices == ("RPC0", "RPC1")
+    assert found.placement.servers == ("127.0.0.1:0", "127.0.0.1:1")
+    assert found.fits and found.devices == {"RPC0": 7 + 5 * 105, "RPC1": 7 + 2 * 105 + 50}
+
+
+def test_a_worker_without_room_gets_nothing_and_is_in_nobodys_way() -> None:
+    found = spread(dense(4), 0, 10000, -RESERVE)
+    assert found.placement.layer_counts == (0, 5, 0) and found.fits
+    assert spread(dense(4), 0, 3).placement == PROCESSOR
+    assert spread(dense(4), 0, 3, gpu_layers=2).overfull
+
+
+def test_the_largest_tensor_needs_room_twice_on_the_way() -> None:
+    tensors = (
+        TensorInfo("blk.0.ffn_down.weight", (256, 256), TensorType.F32),
+        TensorInfo("blk.0.attn_q.weight", (256, 16), TensorType.F32),
+        TensorInfo("output.weight", (16, 256), TensorType.F32),
+        TensorInfo("token_embd.weight", (9999, 256), TensorType.F32),
+    )
+    weights = weigh(tensors)
+    whole = 256 * 256 * 4 + 2 * 256 * 16 * 4 + 5 + 7
+    assert weights.largest == 256 * 256 * 4
+    assert spread(weights, whole + weights.largest).placement.layer_counts == (2,)
+    assert spread(weights, whole + weights.largest - 1).placement.layer_counts == (1,)
+
+
+def test_experts_are_not_parted_from_their_layer_by_a_network() -> None:
+    assert spread(mixture(4), 117 + 90).placement.cpu_expert_layers == 0
+    assert spread(mixture(4), 117 + 90, experts="cpu").placement.cpu_expert_layers == 4

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import CommandLine
+from tests.commands import ROOT, CommandLine
 from tests.workers import require_rpc_server, running_worker
 
 
@@ -172,3 +172,15 @@ def test_a_worker_that_is_not_there(localmix: CommandLine, command: tuple[str, .
     said = localmix(*command, "--rpc", f"127.0.0.1:{port}", expect=6)
     assert f"No worker listens at 127.0.0.1:{port}." in said.err and f"localmix worker --port {port}" in said.err
     assert "is no address of a worker" in localmix(*command, "--rpc", "a:b:c", expect=2).err
+
+
+def test_an_engine_that_was_built_without_it(localmix: CommandLine, tmp_path: Path) -> None:
+    # as the package is without our build options
+    library = tmp_path / "plain" / "llama_cpp" / "lib"
+    library.mkdir(parents=True)
+    (library.parent / "__init__.py").touch()
+    for name in ("libggml-base.so", "libggml-cpu.so", "libllama.so"):
+        (library / name).touch()
+    plain = CommandLine(localmix.home, localmix.folder, {"PYTHONPATH": f"{tmp_path / 'plain'}:{ROOT}"})
+    said = plain.fails("chat", "fox", "-p", "a", "--rpc", "127.0.0.1:1", expect=3)
+    assert "without its RPC back end" in said and "make setup" in said and "-DGGML_RPC=on" in said

@@ -16,12 +16,26 @@ from localmix.cli.parameters import FILE, Command
 if TYPE_CHECKING:
     from localmix.capacity.memory import Available
     from localmix.cli.console import Console
+    from localmix.optimization.choice import Rated
     from localmix.optimization.fitting import Fitting
     from localmix.optimization.optimizer import Request
     from localmix.optimization.target import Target
     from localmix.sources.base import Source
 
 _HERE = "here"
+
+
+def rated_document(rated: Rated | None) -> dict[str, Any] | None:
+    """A preset by the measure that mixtures are chosen by, for JSON."""
+    if rated is None:
+        return None
+    return {
+        "type": rated.name,
+        "bytes": rated.bytes,
+        "bpw": rated.bits_per_weight,
+        "expected_divergence": rated.damage,
+        "seconds": rated.seconds,
+    }
 
 
 @dataclass(frozen=True)
@@ -155,7 +169,8 @@ def mixture_options(function: Command) -> Command:
             Terms(types=_parse_types(choice), minima=tuple(parse_rule(minimum) for minimum in minima)),
             sensitivity,
         )
-        wish = MixtureWish(tuple(parse_target(target) for target in targets), fit, request, choice == "fast")
+        wanted = dict.fromkeys(parse_target(target) for target in targets)
+        wish = MixtureWish(tuple(wanted), fit, request, choice == "fast")
         return function(*args, wish=wish, **others)
 
     return cast(Command, wrapped)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from localmix.cli.console import WEIGHTS, Console
+from localmix.cli.mixture_options import rated_document
 
 if TYPE_CHECKING:
     from localmix.cli.mixture_options import MixtureWish
@@ -64,7 +65,7 @@ def plan_mixtures(
         "errors": found.errors,
         "fit": fitting,
         "targets": [_document(chosen) for chosen in found.mixtures],
-        "presets": found.presets,
+        "presets": [rated_document(preset) for preset in found.presets],
         "notes": found.notes,
     }
 
@@ -85,12 +86,8 @@ def _document(chosen: Chosen) -> dict[str, Any]:
     from localmix.optimization.recipe import describe_rules
 
     return {
-        "target": chosen.target.name,
-        "bytes": chosen.plan.file_bytes,
-        "bpw": chosen.plan.bits_per_weight,
-        "expected_divergence": chosen.rated.damage,
-        "seconds": chosen.rated.seconds,
-        "best_preset": chosen.best_preset,
+        **(rated_document(chosen.rated) or {}),
+        "best_preset": rated_document(chosen.best_preset),
         "recipe": describe_rules(chosen.preset.rules) if chosen.preset.recipe is not None else None,
         "tensors": [
             {"name": tensor.info.name, "shape": tensor.info.shape, "type": tensor.type, "bytes": tensor.bytes}

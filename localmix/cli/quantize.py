@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from localmix.cli.console import WEIGHTS, Console
-from localmix.cli.mixture_options import MixtureWish, mixture_options
+from localmix.cli.mixture_options import MixtureWish, mixture_options, rated_document
 from localmix.cli.parameters import (
     FILE,
     MODEL,
@@ -26,7 +26,7 @@ from localmix.cli.parameters import (
 if TYPE_CHECKING:
     from localmix.optimization.target import Target
     from localmix.presets import Preset, Presets
-    from localmix.quantize import OutputSummary
+    from localmix.quantize import MixtureSummary, OutputSummary
     from localmix.sources.adapter import Lora
     from localmix.sources.remote import Remote
 
@@ -273,7 +273,7 @@ def command(
         console.table(Table(columns, rows, f"{total} {done}"))
 
     document = {
-        "outputs": quantized.outputs,
+        "outputs": [{**vars(summary), "mixture": _document(summary.mixture)} for summary in quantized.outputs],
         "seconds": quantized.seconds,
         "imatrix": None
         if importance is None
@@ -361,6 +361,22 @@ def _tell_mixture(console: Console, summary: OutputSummary) -> None:
     if best is not None:
         told += f"; the best preset of at most this size, {best.name} ({size(best.bytes)}): {number(best.damage, 4)}"
     console.note(f"{told}. Sensitivities: {mixture.sensitivities}; errors: {mixture.errors}.")
+
+
+def _document(mixture: MixtureSummary | None) -> dict[str, Any] | None:
+    """A chosen mixture, for JSON."""
+    from localmix.optimization.recipe import describe_rules
+
+    if mixture is None:
+        return None
+    return {
+        "expected_divergence": mixture.damage,
+        "best_preset": rated_document(mixture.best_preset),
+        "sensitivities": mixture.sensitivities,
+        "errors": mixture.errors,
+        "base": mixture.preset.base,
+        "recipe": describe_rules(mixture.preset.rules),
+    }
 
 
 def _output(source: Path, remote: Remote | None, output: Path | None, kind: str) -> Path:

@@ -1,8 +1,8 @@
 """Choice: the type of each tensor with which a model of a given size diverges least from the original.
 
-Damage adds up over tensors: that of one is its sensitivity × the relative error of its type. A knapsack over (damage,
-bytes) gives each a type. By this measure no preset of at most the same size is better: the best of them is where the
-search begins a second time.
+Damage adds up over tensors: what one does is told by the relative error of its type and how sensitive the model is to
+it. A knapsack over (damage, bytes) gives each a type. By this measure no preset of at most the same size is better: the
+best of them is where the search begins a second time.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Sensitivity(Protocol):
     def origin(self) -> str:
         """Where it comes from, for people."""
 
-    def of(self, tensor_name: str) -> float:
-        """Nats of divergence for one unit of relative error of a tensor."""
+    def damage(self, tensor_name: str, relative_error: float) -> float:
+        """Nats of divergence that an error of one tensor does."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class Chooser:
     def _damage(self, tensor: TensorInfo, kind: TensorType) -> float:
         # a plain type whose error was not asked for is the user's own wish
         error = 0.0 if kind == tensor.type else self._errors[tensor.name].get(kind, 0.0)
-        return self._sensitivities.of(tensor.name) * error
+        return self._sensitivities.damage(tensor.name, error)
 
     def _time(self, tensor: TensorInfo, kind: TensorType) -> float:
         """Seconds that a tensor takes of a token in generation."""

@@ -32,9 +32,25 @@ def measured(localmix: CommandLine) -> Path:
 
 
 def write_measured(path: Path, layers: int) -> Path:
-    values = {kind: Value(0.1 + 0.1 * place, 0.01, 2, 0.1, 0.1) for place, kind in enumerate(CLASSES)}
+    values = {
+        kind: Value(nats=0.1 + 0.1 * place, exponent=1.2, error=0.01, tensors=2, divergence=0.1, relative_error=0.1)
+        for place, kind in enumerate(CLASSES)
+    }
     measured = Measured(
-        "fox", "llama", layers, 1, "BF16", "corpus.txt", "0" * 64, 256, 1, "llama.cpp", False, "Q3_K", values
+        model="fox",
+        architecture="llama",
+        layers=layers,
+        parameters=1,
+        base="BF16",
+        corpus="corpus.txt",
+        corpus_sha256="0" * 64,
+        context=256,
+        chunks=1,
+        engine="llama.cpp",
+        imatrix=False,
+        probes="Q3_K",
+        rounding=0.0,
+        classes=values,
     )
     write_sensitivities(path, measured)
     return path
@@ -47,7 +63,7 @@ def test_a_target_is_kept_and_its_recipe_makes_the_same_bytes(localmix: CommandL
     path = localmix.home / "fox" / "fox-4.50bpw.gguf"
     assert output["path"] == str(path)
     assert 4.4775 < output["bpw"] <= 4.5
-    assert output["mixture"]["damage"] < output["mixture"]["best_preset"]["damage"]
+    assert output["mixture"]["expected_divergence"] < output["mixture"]["best_preset"]["expected_divergence"]
     assert "measured on fox" in output["mixture"]["sensitivities"]
     assert "sampled" in output["mixture"]["errors"]
     assert "the best preset of at most this size" in run.err
@@ -94,7 +110,7 @@ def test_plan_shows_types_and_presets_of_that_size(localmix: CommandLine, measur
     (target,) = document["targets"]
     localmix("quantize", "fox", "--target", "4.5bpw", "--sensitivity", measured, "--threads", "1")
     assert (localmix.home / "fox" / "fox-4.50bpw.gguf").stat().st_size == target["bytes"]
-    assert target["expected_divergence"] < target["best_preset"]["damage"]
+    assert target["expected_divergence"] < target["best_preset"]["expected_divergence"]
     assert not (localmix.home / "fox" / "fox-Q4_0.gguf").exists()
 
 

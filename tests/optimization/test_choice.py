@@ -33,8 +33,8 @@ class Sensitivities:
     nats: Mapping[str, float] = field(default_factory=dict)
     origin: str = "the test"
 
-    def of(self, tensor_name: str) -> float:
-        return next((nats for key, nats in self.nats.items() if key in tensor_name), 1.0)
+    def damage(self, tensor_name: str, relative_error: float) -> float:
+        return relative_error * next((nats for key, nats in self.nats.items() if key in tensor_name), 1.0)
 
 
 def importance_of(source: Source) -> Importance:

@@ -40,11 +40,13 @@ class Place:
     """A server that answers.
 
     Attributes:
-        process: of the gateway, or of llama-server itself.
+        engine: the process of llama-server.
+        gateway: localmix's own, if it stands before it.
     """
 
     address: tuple[str, int]
-    process: psutil.Process
+    engine: psutil.Process
+    gateway: psutil.Process | None = None
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def serving(side: Side, model: Path) -> Iterator[tuple[Place, Place]]:
                 free.bind(("127.0.0.1", 0))
                 by_hand = free.getsockname()
             theirs = subprocess.Popen(alone(engine.cmdline(), by_hand[1]), stdout=log, stderr=log)
-            yield Place(address, gateway), Place(wait_for(by_hand), psutil.Process(theirs.pid))
+            yield Place(address, engine, gateway), Place(wait_for(by_hand), psutil.Process(theirs.pid))
         finally:
             for process in (ours, theirs):
                 if process is not None:
@@ -156,17 +158,18 @@ def wait_for(address: tuple[str, int]) -> tuple[str, int]:
         time.sleep(0.1)
 
 
-def spent(process: psutil.Process) -> float:
+def spent(process: psutil.Process | None) -> float:
     """Processor seconds of a process by itself."""
-    times = process.cpu_times()
-    return times.user + times.system
+    times = process.cpu_times() if process is not None else None
+    return times.user + times.system if times is not None else 0.0
 
 
-def throughput(side: Side, model: Path) -> tuple[Pairs, Pairs, list[float]]:
-    """Tokens per second of all streams, seconds to the first token, and the gateway's seconds for one token."""
+def throughput(side: Side, model: Path) -> tuple[list[Pairs], list[float]]:
+    """Tokens per second, seconds to the first token, processor time of a token; and the gateway's part of that."""
     title = f"{model.stem}, {STREAMS} streams of {REPLY}"
     speed = Pairs(title, "llama-server by hand", "tokens/s")
     first = Pairs(f"{title}, first token", "llama-server by hand", "s")
+    work = Pairs(f"{title}, processor time of a token", "llama-server by hand", "ms")
     costs = []
     with serving(side, model) as (ours, theirs):
         for place in (ours, theirs):
@@ -174,13 +177,18 @@ def throughput(side: Side, model: Path) -> tuple[Pairs, Pairs, list[float]]:
         for number in range(side.repeat):
             # who goes first changes, for what the machine does by turns
             for place in (ours, theirs) if number % 2 else (theirs, ours):
-                before = spent(place.process)
+                gateway, engine = spent(place.gateway), spent(place.engine)
                 done = stream(place, STREAMS, REPLY, number + 1)
+                gateway, engine = spent(place.gateway) - gateway, spent(place.engine) - engine
                 if place is ours:
-                    costs.append((spent(place.process) - before) / done.tokens)
-                (speed.ours if place is ours else speed.theirs).append(done.tokens / done.seconds)
-                (first.ours if place is ours else first.theirs).append(done.first)
-    return speed, first, costs
+                    costs.append(gateway / done.tokens)
+                for row, figure in (
+                    (speed, done.tokens / done.seconds),
+                    (first, done.first),
+                    (work, (gateway + engine) / done.tokens * 1000),
+                ):
+                    (row.ours if place is ours else row.theirs).append(figure)
+    return [speed, first, work], costs
 
 
 def latency(side: Side, model: Path) -> tuple[Pairs, Pairs]:
@@ -239,8 +247,8 @@ def main() -> None:
     os.environ["LOCALMIX_HOME"] = str(folder / "library")  # the user's own library has no part in this
     side = Side(folder, tools, asked.threads, asked.repeat)
     (model, _), small = build_models(side)
-    speed, first, costs = throughput(side, model)
-    text = report([speed, first], list(latency(side, small)), costs, side)
+    rows, costs = throughput(side, model)
+    text = report(rows, list(latency(side, small)), costs, side)
     print(text)
     asked.results.write_text(text, "utf-8")
 

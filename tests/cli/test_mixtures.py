@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from pathlib import Path
 
 import pytest
 
 from localmix.gguf_format import read_header
 from localmix.optimization.sensitivities import Measured, Value, write_sensitivities
+from tests.checkpoints import Shape, write_checkpoint
 from tests.commands import CommandLine
 from tests.hub_server import serve
 
@@ -133,6 +135,32 @@ def test_a_model_of_the_hub_is_planned_from_typical_errors(localmix: CommandLine
     assert "typical" in output["mixture"]["errors"]
     assert 4.4775 < output["bpw"] <= 4.5
     assert localmix("verify", "hub.gguf").code == 0
+
+
+def test_a_killed_run_from_the_hub_goes_on_with_the_same_mixture(localmix: CommandLine) -> None:
+    write_checkpoint(localmix.folder / "served", Shape(hidden=256, feed_forward=256, layers=4, shards=12))
+    with serve() as hub:
+        hub.add("org/served", localmix.folder / "served")
+        hub.bytes_per_second = 6_000_000
+        there = dataclasses.replace(localmix, variables=hub.variables)
+        chosen = ("quantize", "org/served", "--target", "4.5bpw", "--threads", "1", "--json")
+        run = there.popen(*chosen)
+        partial = localmix.home / "served" / ".served-4.50bpw.gguf.partial"
+        sizes = {name: len(content) for name, content in hub.repositories["org/served"].items()}
+        deadline = time.monotonic() + 60
+        while sum(count >= sizes[name] for name, count in hub.sent.items() if name.startswith("model-")) < 6:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        run.kill()
+        run.communicate()
+        assert partial.exists()
+        hub.bytes_per_second = 0
+        hub.sent.clear()
+        (output,) = there(*chosen).json["outputs"]
+        fetched = [name for name, count in hub.sent.items() if name.startswith("model-") and count > 2 << 16]
+    assert len(fetched) < 9
+    assert output["mixture"]["recipe"]
+    assert localmix("verify", output["path"]).code == 0
 
 
 @pytest.mark.parametrize(

@@ -43,8 +43,8 @@ def bench_types(console: Console, words: str, threads: int | None, again: bool, 
     console.result({**machine, **state, "rows": table.records}, draw)
     if found.busy:
         console.warn(
-            f"Other programs used {found.others:.0%} of the processor meanwhile, so these may be too slow:"
-            " --again measures anew."
+            f"Other programs used {found.others:.0%} of the processor, and the figures did not settle: some may be far"
+            " too slow. They are not kept."
         )
 
 

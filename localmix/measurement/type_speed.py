@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import json
 import math
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ RING_BYTES = 96 << 20  # at least; twice the largest cache where that is more
 TURNS = 3  # of each ring in a round; the first also brings its pages and its threads
 LEAST_ROUNDS, MOST_ROUNDS = 7, 20
 STEADY_ROUNDS, STEADY = 3, 0.05  # it ends when so many rounds have made no type quicker by so much
-BUSY = 0.5  # of the processor used by other programs: even the quickest products may be slow then
+PATIENCE = 60.0  # seconds, after which no further round begins
 _FIGURES = "seconds_per_weight"
 
 
@@ -47,7 +48,8 @@ class TypeSpeeds:
 
     Attributes:
         seconds: of one weight when nothing disturbed, by type.
-        others: share of the processor that other programs used meanwhile; the most, where types were measured apart.
+        others: share of the processor that other programs used meanwhile; 0 where nothing was measured now.
+        busy: they used so much of it that the figures did not settle: some may be far too slow. They are not kept.
         kept: whether all of it was measured before.
     """
 
@@ -56,12 +58,8 @@ class TypeSpeeds:
     threads: int
     seconds: Mapping[TensorType, float]
     others: float
+    busy: bool
     kept: bool
-
-    @property
-    def busy(self) -> bool:
-        """Whether other programs used so much of the processor that even the quickest turns may be slow."""
-        return self.others > BUSY
 
 
 def seconds_per_weight(
@@ -83,6 +81,7 @@ def measure(
     again: bool = False,
     progress: Report | None = None,
     folder: Path | None = None,
+    patience: float = PATIENCE,
 ) -> TypeSpeeds:
     """Measure what has not been measured with this engine, processor and number of threads, and keep it if possible.
 
@@ -91,6 +90,7 @@ def measure(
         again: measure all of it anew.
         progress: (turns done, turns in all, what is measured).
         folder: where it is kept; the user's cache for None.
+        patience: seconds, after which no further round begins.
 
     Raises:
         UsageError: a type is none of weights.
@@ -105,27 +105,43 @@ def measure(
     path = (folder or platformdirs.user_cache_path("localmix", appauthor=False) / "type-speeds") / _file_name(key)
     known = _read(path, key)
     wanted = [kind for kind in types if again or kind not in known]
+    found = _Measured({}, 0.0, True)
     if wanted:
-        known |= run(_measure, wanted, count, progress=progress)
+        found = run(_measure, wanted, count, patience, progress=progress)
+        known |= found.seconds
+    if found.seconds and found.settled:
         with contextlib.suppress(LocalmixError):  # it is measured again the next time
             _keep(path, key, known)
     return TypeSpeeds(
         processor=key["processor"],
         engine=key["engine"],
         threads=count,
-        seconds={kind: known[kind][0] for kind in types},
-        others=max((known[kind][1] for kind in types), default=0.0),
+        seconds={kind: known[kind] for kind in types},
+        others=found.others,
+        busy=not found.settled,
         kept=not wanted,
     )
 
 
-def _measure(channel: Channel, types: Sequence[TensorType], threads: int) -> dict[TensorType, tuple[float, float]]:
-    """The child's part of `measure`: seconds of a weight, and the share of the processor that others used."""
+@dataclass(frozen=True)
+class _Measured:
+    """Seconds of a weight, the share of the processor that others used, and whether the last rounds changed nothing."""
+
+    seconds: Mapping[TensorType, float]
+    others: float
+    settled: bool
+
+
+def _measure(channel: Channel, types: Sequence[TensorType], threads: int, patience: float) -> _Measured:
+    """The child's part of `measure`."""
     before = _processor_seconds()
     ring_bytes = max(RING_BYTES, 2 * _largest_cache(Path("/sys/devices/system/cpu/cpu0/cache")))
     quickest: dict[TensorType, NDArray[np.float64]] = {}
     number = steady = 0
-    while number < LEAST_ROUNDS or (steady < STEADY_ROUNDS and number < MOST_ROUNDS):
+    began = time.monotonic()
+    while number < MOST_ROUNDS and (number < LEAST_ROUNDS or steady < STEADY_ROUNDS):
+        if number > 1 and time.monotonic() - began > patience:
+            break
         number += 1
         steady += 1
         for index, kind in enumerate(types, (number - 1) * len(types)):
@@ -138,7 +154,8 @@ def _measure(channel: Channel, types: Sequence[TensorType], threads: int) -> dic
             quickest[kind] = np.minimum(seconds, quickest.get(kind, math.inf))
     theirs, everything = (after - first for after, first in zip(_processor_seconds(), before, strict=True))
     others = max(0.0, theirs / everything) if everything > 0 else 0.0
-    return {kind: (float(seconds.mean()) / (ROWS * COLUMNS), others) for kind, seconds in quickest.items()}
+    found = {kind: float(seconds.mean()) / (ROWS * COLUMNS) for kind, seconds in quickest.items()}
+    return _Measured(found, others, steady >= STEADY_ROUNDS)
 
 
 def _largest_cache(folder: Path) -> int:
@@ -176,19 +193,19 @@ def _file_name(key: Mapping[str, Any]) -> str:
     return f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:40]}.json"
 
 
-def _read(path: Path, key: Mapping[str, Any]) -> dict[TensorType, tuple[float, float]]:
+def _read(path: Path, key: Mapping[str, Any]) -> dict[TensorType, float]:
     """What is kept in a file; nothing if it is no file for this key."""
     try:
         kept = json.loads(path.read_text("utf-8"))
         if any(kept[name] != value for name, value in key.items()):
             return {}
-        found = {TensorType[name]: (float(time), float(share)) for name, (time, share) in kept[_FIGURES].items()}
+        found = {TensorType[name]: float(seconds) for name, seconds in kept[_FIGURES].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
-    return {kind: (time, share) for kind, (time, share) in found.items() if 0 < time < math.inf and 0 <= share <= 1}
+    return {kind: seconds for kind, seconds in found.items() if 0 < seconds < math.inf}
 
 
-def _keep(path: Path, key: Mapping[str, Any], known: Mapping[TensorType, tuple[float, float]]) -> None:
+def _keep(path: Path, key: Mapping[str, Any], known: Mapping[TensorType, float]) -> None:
     """Write the figures for this key.
 
     Raises:

@@ -23,7 +23,8 @@ def test_what_was_measured_is_kept(tmp_path: Path) -> None:
     assert first.processor and first.threads == 1
     assert 0 <= first.others <= 1
     assert [step[0] for step in steps] == list(range(len(steps)))
-    assert {step[1] for step in steps} == {len(steps)}
+    assert all(done < total for done, total, _ in steps)
+    assert steps[-1][1] == len(steps)
     kept = measure([TensorType.Q8_0], 1, folder=tmp_path)
     assert kept.kept
     assert kept.seconds == {TensorType.Q8_0: first.seconds[TensorType.Q8_0]}
@@ -37,11 +38,17 @@ def test_a_broken_file_is_measured_anew(tmp_path: Path) -> None:
     first = measure([TensorType.Q8_0], 1, folder=tmp_path)
     (path,) = tmp_path.iterdir()
     whole = json.loads(path.read_bytes())
-    nonsense = {**whole, "seconds_per_weight": {"Q8_0": [float("nan"), 1.0]}}
+    nonsense = {**whole, "seconds_per_weight": {"Q8_0": float("nan")}}
     for broken in ("[]", json.dumps({**whole, "threads": 9}), json.dumps(nonsense)):
         path.write_text(broken)
         assert not measure([TensorType.Q8_0], 1, folder=tmp_path).kept, broken
     assert json.loads(path.read_bytes())["processor"] == first.processor
+
+
+def test_figures_that_do_not_settle_are_not_kept(tmp_path: Path) -> None:
+    hasty = measure([TensorType.Q4_0], 1, folder=tmp_path, patience=0)
+    assert hasty.busy and hasty.seconds[TensorType.Q4_0] > 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_figures_that_cannot_be_kept_are_still_given(tmp_path: Path) -> None:

@@ -20,7 +20,6 @@ from pathlib import Path
 
 from localmix.errors import CapacityError, FileError, InputError, LocalmixError, UsageError
 from localmix.native.model import NO_MEMORY
-from localmix.serving import launcher
 from localmix.serving.engine_options import EngineOptions, environment
 from localmix.serving.gateway import EngineAddress, EngineState
 from localmix.serving.server_binary import HOW_TO_GET_IT
@@ -30,6 +29,7 @@ from localmix.worker import LESS_MEMORY, explain_death, last_words
 PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)
 STEADY_SECONDS = 600.0  # an engine that lived so long starts counting anew
 STOP_SECONDS = 1.0
+_LAUNCHER = Path(__file__).with_name("launcher.py")  # Linux only, so it is not imported
 _POLL_SECONDS = 0.05
 _SLOWEST_POLL_SECONDS = 0.5
 _ASK_SECONDS = 5.0
@@ -246,7 +246,7 @@ class Engine:
         self._address = self._new_address()
         command = [str(self._program), *self.options.arguments(self._address)]
         if sys.platform == "linux":
-            command = [sys.executable, "-I", str(launcher.__file__), str(os.getpid()), *command]
+            command = [sys.executable, "-I", str(_LAUNCHER), str(os.getpid()), *command]
         # it takes whoever started it for its router: it says how far it is, and ends when its stdin does
         variables = {**environment(self._address), "LLAMA_SERVER_ROUTER_PORT": "0"}
         try:
@@ -371,7 +371,10 @@ def explain_end(status: int, lines: Sequence[str], model: Path) -> LocalmixError
     error = explain_death(status, words, str(model))
     if isinstance(error, LocalmixError):
         return error
-    words = words or (found[3] if found else "")
+    if found:
+        return InputError(
+            f"llama-server refuses how {name} is to be served: {found[3].rstrip('.')}.", "Its log has more."
+        )
     if words:
         return InputError(f"llama-server ended with {name}: {words}.", "Check the file with `localmix info`.")
     return InputError(f"llama-server ended with {name}, status {status}.", "Its log may say why.")

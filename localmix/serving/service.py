@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-import psutil
+import filelock
 
 from localmix.errors import LocalmixError
 from localmix.serving.engine import Engine, EngineEvent
@@ -24,7 +24,7 @@ from localmix.serving.policy import Policy
 
 DRAIN_SECONDS = 60.0
 _SAID_AFTER_SECONDS = 0.3  # what ends sooner needs no word
-_FOLDER = "localmix-serve-"
+_FOLDER, _LOCK = "localmix-serve-", "lock"
 _LONGEST_SOCKET = 100  # bytes; the system's structures have room for 104 to 108
 
 
@@ -157,12 +157,13 @@ def private_folder() -> Iterator[Path]:
     if len(os.fsencode(base)) + 40 > _LONGEST_SOCKET:
         base = Path("/tmp")
     for left in base.glob(f"{_FOLDER}*"):
-        owner = left.name.removeprefix(_FOLDER).partition("-")[0]
-        if owner.isascii() and owner.isdigit() and not psutil.pid_exists(int(owner)):
-            shutil.rmtree(left, ignore_errors=True)  # another user's stays
-    folder = Path(tempfile.mkdtemp(prefix=f"{_FOLDER}{os.getpid()}-", dir=base))
+        with contextlib.suppress(OSError, filelock.Timeout), filelock.FileLock(left / _LOCK, timeout=0):
+            shutil.rmtree(left, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=_FOLDER, dir=base))
     try:
-        yield folder
+        # the system's: it goes with its process, however that ends, and counts between containers, too
+        with filelock.FileLock(folder / _LOCK):
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

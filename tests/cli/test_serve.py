@@ -6,7 +6,6 @@ import contextlib
 import http.client
 import json
 import os
-import pty
 import signal
 import socket
 import subprocess
@@ -118,6 +117,8 @@ def test_serving_and_ctrl_c_at_a_terminal(serve: CommandLine) -> None:
 
 
 def test_a_terminal_sees_how_far_loading_is(serve: CommandLine) -> None:
+    import pty  # not on Windows
+
     master, slave = pty.openpty()
     with serve.popen(
         "serve", *SMALL, stderr=slave, stdout=slave, env={**serve.environment, "NO_COLOR": "1"}

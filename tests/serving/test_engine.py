@@ -151,7 +151,7 @@ def test_what_does_not_start_says_why(program: Path, tinymix_bf16: Path, tmp_pat
         (options(broken), program, InputError, "broken.gguf: tensor '.*' data is not within the file bounds"),
         (options(tinymix_bf16, further=("--no-such",)), program, UsageError, "does not know the argument --no-such"),
         (options(tinymix_bf16, further=("--temp", "hot")), program, UsageError, 'refuses the argument "--temp"'),
-        (options(tinymix_bf16, template=template), program, InputError, "Expected }}"),
+        (options(tinymix_bf16, template=template), program, InputError, "chat template is not supported: {{ one %}"),
         (options(tinymix_bf16), tmp_path / "none", FileError, "none cannot be started"),
         (options(tinymix_bf16, kv_type="q4_0", further=("-fa", "off")), program, InputError, "requires flash_attn"),
     ]

@@ -18,6 +18,7 @@ from localmix.serving.engine import Engine, GivenUp
 from localmix.serving.engine_options import EngineOptions
 from localmix.serving.policy import Policy
 from localmix.serving.service import Event, Listening, Loading, Ready, Stop, private_folder, run, stopped_by_signals
+from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize(
@@ -43,19 +44,25 @@ def short(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.mark.skipif(os.name == "nt", reason="permissions")
 def test_the_folder_is_private_and_those_of_killed_runs_go(short: Path) -> None:
-    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
-        pass
-    left, living, other = (
-        short / name for name in (f"localmix-serve-{ended.pid}-x", f"localmix-serve-{os.getpid()}-x", "localmix-x")
-    )
-    for folder in (left, living, other):
-        folder.mkdir()
-        (folder / "file").touch()
-    with private_folder() as folder:
-        assert folder.parent == short and folder.stat().st_mode & 0o777 == 0o700
-        assert not left.exists() and living.exists() and other.exists()
-        (folder / "x.sock").touch()
-    assert not folder.exists()
+    program = "import time; from localmix.serving.service import private_folder\n"
+    program += "with private_folder() as folder: print(folder, flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", program]
+    environment = {**os.environ, "TMPDIR": str(short), "PYTHONPATH": str(ROOT)}
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as other,
+        private_folder() as living,
+    ):
+        assert other.stdout is not None
+        left = Path(other.stdout.readline().strip())
+        assert left.parent == living.parent == short and living.stat().st_mode & 0o777 == 0o700
+        with private_folder() as folder:
+            assert left.exists() and living.exists()
+        assert not folder.exists()
+        other.kill()
+        other.wait()
+        with private_folder():
+            assert not left.exists() and living.exists()
+    assert not list(short.iterdir())
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sockets")

@@ -57,15 +57,23 @@ class Preset:
 
 
 @dataclass(frozen=True)
+class Curve:
+    """Damage of a class of tensors at a relative error: nats x error ** exponent."""
+
+    nats: float
+    exponent: float
+
+
+@dataclass(frozen=True)
 class Priors:
     """What models of ours say about one that nobody measured; see the head of the section in quant_presets.yaml.
 
     Attributes:
-        models: by model and class of tensors, nats of divergence for one unit of relative error of all its tensors.
+        models: by model and class of tensors, the divergence when all its tensors have a relative error.
         errors: relative error of each type in a typical matrix.
     """
 
-    models: Mapping[str, Mapping[str, float]]
+    models: Mapping[str, Mapping[str, Curve]]
     errors: Mapping[TensorType, float]
 
 
@@ -275,7 +283,7 @@ class _Reader:
     def priors(self, value: Any) -> Priors:
         fields = self.mapping(value, "priors", ("models", "errors"))
         models = {
-            name: {kind: self.positive(number, f"{kind} of {name}") for kind, number in classes.items()}
+            name: {kind: self.curve(pair, f"{kind} of {name}") for kind, pair in classes.items()}
             for name, found in self.entries(fields, "models")
             if (classes := self.mapping(found, f"the priors of {name}"))
         }
@@ -286,6 +294,12 @@ class _Reader:
         if not models or not errors:
             raise self.error("priors", "needs models and errors")
         return Priors(models, errors)
+
+    def curve(self, value: Any, where: str) -> Curve:
+        pair = self.sequence(value, where)
+        if len(pair) != 2:
+            raise self.error(where, "needs two numbers: nats and an exponent")
+        return Curve(self.positive(pair[0], where), self.positive(pair[1], where))
 
     def positive(self, value: Any, where: str) -> float:
         if type(value) not in (int, float) or not 0 < value < math.inf:

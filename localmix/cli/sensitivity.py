@@ -102,20 +102,29 @@ def command(
                 "file": str(output),
                 "measured on": f"{measured.model}, with {measured.chunks} chunks of {measured.corpus}",
                 "imatrix": str(used) if used else "none",
-                "probe": f"all tensors of a class in {measured.probe}",
+                "probes": f"all tensors of a class in {measured.probes}",
             }
         )
         console.line()
-        columns = (Column("Class"), Column("Tensors"), Column("Relative error"), Column("KLD"), Column("Sensitivity"))
+        columns = (
+            Column("Class"),
+            Column("Tensors"),
+            Column("Relative error"),
+            Column("KLD"),
+            Column("KLD at error 0.1"),
+            Column("Exponent"),
+        )
+        damages = {kind: value.nats * value.tensors * 0.1**value.exponent for kind, value in measured.classes.items()}
         rows = tuple(
             (
                 kind,
                 str(value.tensors),
-                number(value.relative_error / value.tensors, 4),
+                number(value.relative_error, 4),
                 number(value.divergence, 5),
-                f"{number(value.value, 4)} ± {number(value.error, 4)}",
+                f"{number(damages[kind], 5)} ± {number(damages[kind] * value.error, 5)}",
+                number(value.exponent, 2),
             )
-            for kind, value in sorted(measured.classes.items(), key=lambda item: -item[1].value)
+            for kind, value in sorted(measured.classes.items(), key=lambda item: -damages[item[0]])
         )
         console.table(Table(columns, rows))
 

@@ -1,15 +1,16 @@
 """Probing: measure what a model's predictions suffer when all tensors of one class lose precision.
 
-Each probe gives the tensors of a class a coarse type, measures the divergence from the untouched model on a text, and
-divides it by what the tensors lost. The model is loaded once: a probe overwrites weights in memory with what would be
-decoded of the coarse type, and puts them back from the file. What is finished is kept beside the output after each
-probe, so that a run that was stopped goes on.
+Each probe gives the tensors of a class a coarse type, and measures the divergence from the untouched model on a text.
+Two types tell how the damage grows with what the tensors lose. The model is loaded once: a probe overwrites weights in
+memory with what would be decoded of the coarse type, and puts them back from the file. What is finished is kept beside
+the output after each probe, so that a run that was stopped goes on.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -42,12 +43,15 @@ from localmix.sources.open import open_source
 from localmix.tensor_types import FLOAT_TYPES, TensorType, row_bytes, widen
 from localmix.worker import Channel, Progress, Report
 
-PROBE = TensorType.Q3_K
+PROBES = ("Q3_K", "Q2_K")
+# Between which an exponent is believed, and the usual one where no two types tell.
+_EXPONENTS = (1.0, 1.6)
+_USUAL_EXPONENT = 1.25
 CHUNKS = 32
 # What a perturbed row can be written back as without losing what the probe is about.
 BASES = frozenset({*FLOAT_TYPES, TensorType.Q8_0})
-# The classes of the first and the last matrix, and the probe of the first in a fine type.
-_FIRST, _LAST, FINE = "token_embd", "output", "token_embd, fine"
+# The classes of the first and the last matrix, and the type in which the first is probed too.
+_FIRST, _LAST, FINE = "token_embd", "output", "Q6_K"
 _LEAST_SHARE = 0.1  # of a probe's divergence that is not taken for rounding
 _SLICE = 1 << 20  # weights that a thread holds
 
@@ -61,17 +65,23 @@ class Probe:
     Attributes:
         kind: their class.
         layer: where they lie; None for all layers.
-        types: what each gets.
+        coarse: the type that is meant, as `PROBES` has it.
+        types: what each gets; where its columns do not fit the type, what llama.cpp takes instead.
     """
 
     kind: str
     layer: int | None
+    coarse: str
     types: Mapping[str, TensorType]
 
     @property
     def name(self) -> str:
-        """`attn_q`, or `attn_q of layer 3`."""
-        return self.kind if self.layer is None else f"{self.kind} of layer {self.layer}"
+        """Such as `attn_q in Q3_K`, or `attn_q of layer 3 in Q3_K`."""
+        return _name(self.kind, self.layer, self.coarse)
+
+
+def _name(kind: str, layer: int | None, coarse: str) -> str:
+    return f"{kind} in {coarse}" if layer is None else f"{kind} of layer {layer} in {coarse}"
 
 
 @dataclass(frozen=True)
@@ -144,7 +154,7 @@ def measure(
         values = {
             (probe.kind, probe.layer): value
             for probe in probes
-            if probe.name != FINE and (value := _value(probe, journal.found[probe.name], rounding)) is not None
+            if probe.coarse == PROBES[0] and (value := _value(probe, journal.found, rounding)) is not None
         }
         if not values:
             raise InputError(
@@ -163,7 +173,7 @@ def measure(
             chunks=each,
             engine=ENGINE,
             imatrix=importance is not None,
-            probe=PROBE.name,
+            probes=", ".join(PROBES),
             rounding=rounding,
             classes={kind: value for (kind, layer), value in values.items() if layer is None},
             by_layer={(kind, layer): value for (kind, layer), value in values.items() if layer is not None},
@@ -175,38 +185,41 @@ def measure(
 
 
 def plan_probes(source: Source, importance: Importance | None, per_layer: bool) -> list[Probe]:
-    """One probe for each class of tensors that llama.cpp quantizes, one for each of its layers if wanted, and `FINE`.
+    """A probe in each of `PROBES` for each class of tensors that llama.cpp quantizes, and one for each layer if wanted.
+
+    One of the embeddings in `FINE` tells what rounding alone makes.
 
     Raises:
         InputError: a weight is in a type that is too coarse to measure from, or nothing can be quantized.
     """
     planner = Planner(source)
-    types, fine = (
-        {
-            tensor.info.name: tensor.type
-            for tensor in planner.plan(Preset(base, base, pure=True), importance=importance).tensors
-        }
-        for base in ("Q3_K_M", "Q6_K")
-    )
-    changed = [tensor for tensor in source.tensors if types[tensor.name] not in (tensor.type, *FLOAT_TYPES)]
-    coarse = next((tensor for tensor in changed if tensor.type not in BASES), None)
-    if coarse is not None:
+    types: dict[str, dict[str, TensorType]] = {}
+    for coarse, base in (("Q3_K", "Q3_K_M"), ("Q2_K", "Q2_K"), (FINE, "Q6_K")):
+        planned = planner.plan(Preset(base, base, pure=True), importance=importance)
+        types[coarse] = {tensor.info.name: tensor.type for tensor in planned.tensors}
+    first = types[PROBES[0]]
+    changed = [tensor for tensor in source.tensors if first[tensor.name] not in (tensor.type, *FLOAT_TYPES)]
+    lossy = next((tensor for tensor in changed if tensor.type not in BASES), None)
+    if lossy is not None:
         raise InputError(
-            f"{source.path}: {coarse.name} is {coarse.type.name}, which has lost too much to measure from.",
+            f"{source.path}: {lossy.name} is {lossy.type.name}, which has lost too much to measure from.",
             "Measure the model in BF16, F16 or Q8_0.",
         )
     if not changed:
         raise InputError(f"{source.path} has no weights that llama.cpp quantizes.")
-    together: dict[tuple[str, int | None], dict[str, TensorType]] = {}
+    together: dict[tuple[str, int | None], list[str]] = {}
     for tensor in changed:
-        together.setdefault((tensor_class(tensor.name), None), {})[tensor.name] = types[tensor.name]
+        together.setdefault((tensor_class(tensor.name), None), []).append(tensor.name)
     for tensor in changed if per_layer else []:
         kind, layer = tensor_class(tensor.name), tensor_layer(tensor.name)
         if layer is not None and len(together[kind, None]) > 1:
-            together.setdefault((kind, layer), {})[tensor.name] = types[tensor.name]
-    if (_FIRST, None) in together:
-        together[FINE, None] = {name: fine[name] for name in together[_FIRST, None]}
-    return [Probe(kind, layer, found) for (kind, layer), found in together.items()]
+            together.setdefault((kind, layer), []).append(tensor.name)
+    probes = []
+    for (kind, layer), names in together.items():
+        # how damage grows is the same in all layers of a class, nearly; where it starts is not
+        wanted = (*(PROBES if layer is None else PROBES[:1]), *((FINE,) if kind == _FIRST else ()))
+        probes += [Probe(kind, layer, coarse, {name: types[coarse][name] for name in names}) for coarse in wanted]
+    return probes
 
 
 def _check_memory(source: Source) -> None:
@@ -253,30 +266,48 @@ def _rounding(found: Mapping[str, _Found]) -> float:
     What goes into a quantized weight is rounded, in BF16 a little and in Q8_0 more, and any change before it has all of
     it rounded otherwise. A change that is n times smaller has a divergence n times smaller but for that.
     """
-    if FINE not in found or _FIRST not in found:
+    coarse, fine = (found.get(_name(_FIRST, None, kind)) for kind in (PROBES[0], FINE))
+    if coarse is None or fine is None:
         return 0.0
-    coarse, fine = found[_FIRST], found[FINE]
     if not 0 < fine.relative_error < coarse.relative_error:
         return 0.0
     slope = (coarse.divergence - fine.divergence) / (coarse.relative_error - fine.relative_error)
     return max(0.0, fine.divergence - max(0.0, slope) * fine.relative_error)
 
 
-def _value(probe: Probe, found: _Found, rounding: float) -> Value | None:
-    """The sensitivity that a probe shows; None where nothing was lost, or nothing depends on it.
-
-    Behind the output nothing is rounded any more.
-    """
-    if found.relative_error <= 0 or found.divergence <= 0:
+def _value(probe: Probe, found: Mapping[str, _Found], rounding: float) -> Value | None:
+    """The sensitivity that probes show; None where nothing was lost, or nothing depends on it."""
+    of_probe = found[probe.name]
+    if of_probe.relative_error <= 0 or of_probe.divergence <= 0:
         return None
-    rounded = 0.0 if probe.kind == _LAST else min(rounding, (1 - _LEAST_SHARE) * found.divergence)
+    exponent = _exponent([found[_name(probe.kind, None, coarse)] for coarse in PROBES], probe.kind, rounding)
+    mean = of_probe.relative_error / of_probe.tensors
+    damage = _damage(of_probe, probe.kind, rounding)
+    # the mean is a good enough stand-in for the tensors' own errors, which are alike
     return Value(
-        (found.divergence - rounded) / found.relative_error,
-        found.error / found.relative_error,
-        found.tensors,
-        found.divergence,
-        found.relative_error,
+        nats=damage / (of_probe.tensors * mean**exponent),
+        exponent=exponent,
+        error=of_probe.error / damage,
+        tensors=of_probe.tensors,
+        divergence=of_probe.divergence,
+        relative_error=mean,
     )
+
+
+def _damage(found: _Found, kind: str, rounding: float) -> float:
+    """A probe's divergence without that of rounding, of which there is none behind the output."""
+    rounded = 0.0 if kind == _LAST else rounding
+    return max(found.divergence - rounded, _LEAST_SHARE * found.divergence)
+
+
+def _exponent(pair: Sequence[_Found], kind: str, rounding: float) -> float:
+    """How damage grows from one probe to a coarser one of the same tensors."""
+    errors = [found.relative_error for found in pair]
+    damages = [_damage(found, kind, rounding) for found in pair]
+    if not (0 < errors[0] < errors[1] and 0 < damages[0] < damages[1]):
+        return _USUAL_EXPONENT
+    found = math.log(damages[1] / damages[0]) / math.log(errors[1] / errors[0])
+    return min(max(found, _EXPONENTS[0]), _EXPONENTS[1])
 
 
 def journal_path(output: Path) -> Path:
@@ -290,7 +321,7 @@ def _key(stored: Path, importance: Importance | None) -> str:
     The name of the stored logits stands for the model, the text, the chunks and the engine.
     """
     entries = sorted(importance.entries.items()) if importance is not None else []
-    digest = hashlib.sha256(f"{stored.name} {PROBE.name}".encode())
+    digest = hashlib.sha256(stored.name.encode())
     for name, entry in entries:
         digest.update(name.encode() + entry.sums.tobytes() + entry.counts.tobytes())
     return digest.hexdigest()

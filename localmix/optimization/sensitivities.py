@@ -1,9 +1,10 @@
 """Sensitivities: how much a model's predictions suffer when tensors of a class lose precision.
 
     sensitivities = read_sensitivities(Path("mixtral.sensitivities.json"))
-    damage = sensitivities.of("blk.3.ffn_down_exps.weight") * relative_error
+    damage = sensitivities.damage("blk.3.ffn_down_exps.weight", relative_error)
 
-The damage is the expected divergence from the original, in nats a token. `localmix sensitivity` measures a model's own
+The damage is the expected divergence from the original, in nats a token; it grows a little faster than the relative
+error does, by an exponent of each class. `localmix sensitivity` measures a model's own
 (`optimization.probing`) and writes them as JSON, to share like an importance matrix; `shipped_priors` has what our own
 models say of others.
 """
@@ -14,16 +15,16 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from types import MappingProxyType
 from typing import Any
 
 from localmix.errors import FileError, InputError
 from localmix.output import write_atomically
-from localmix.presets import Priors, load_presets
+from localmix.presets import Curve, Priors, load_presets
 from localmix.tensor_types import TensorType
 
 KIND, FORMAT = "localmix sensitivities", 1
@@ -68,19 +69,24 @@ class Sensitivities:
     """What is known of a model's classes of tensors.
 
     Attributes:
-        by_class: nats of divergence that one unit of relative error of one tensor of the class does.
+        by_class: the damage that a relative error of one tensor of the class does.
         by_layer: the same of a class in one layer, where it was measured so; it goes before the class.
         origin: where they come from, for people.
     """
 
-    by_class: Mapping[str, float]
-    by_layer: Mapping[tuple[str, int], float] = field(default_factory=dict)
+    by_class: Mapping[str, Curve]
+    by_layer: Mapping[tuple[str, int], Curve] = field(default_factory=dict)
     origin: str = ""
 
-    def of(self, tensor_name: str) -> float:
-        """Nats of divergence for one unit of relative error of a tensor.
+    def damage(self, tensor_name: str, relative_error: float) -> float:
+        """Nats of divergence that a relative error of a tensor does."""
+        curve = self.of(tensor_name)
+        return float(curve.nats * relative_error**curve.exponent)
 
-        Of a class that was not measured: the mean of those that do its work, or else the median of all.
+    def of(self, tensor_name: str) -> Curve:
+        """The damage of a tensor at any relative error.
+
+        Of a class that was not measured: the mean of those that do its work, or else of all.
         """
         kind, layer = tensor_class(tensor_name), tensor_layer(tensor_name)
         if layer is not None and (kind, layer) in self.by_layer:
@@ -90,16 +96,22 @@ class Sensitivities:
         return _stand_in(kind, self.by_class)
 
     def unknown(self, tensor_names: Iterable[str]) -> list[str]:
-        """The classes among these tensors for which another one, or the median of all, stands in."""
+        """The classes among these tensors for which others stand in."""
         return sorted({tensor_class(name) for name in tensor_names} - set(self.by_class))
 
 
-def _stand_in(kind: str, known: Mapping[str, float]) -> float:
-    """The value of a class that is not known, from those that are."""
+def _stand_in(kind: str, known: Mapping[str, Curve]) -> Curve:
+    """The curve of a class that is not known, from those that are."""
     plain = _EXPERTS.sub("", kind)
     wanted = (*_RELATIVES.get(plain, ()), plain)
-    found = [value for name, value in known.items() if _EXPERTS.sub("", name) in wanted]
-    return fmean(found) if found else median(known.values())
+    found = [curve for name, curve in known.items() if _EXPERTS.sub("", name) in wanted]
+    return _mean(found or list(known.values()))
+
+
+def _mean(curves: Sequence[Curve]) -> Curve:
+    """The curve whose damage is everywhere the geometric mean of theirs."""
+    nats = math.exp(fmean(math.log(curve.nats) for curve in curves))
+    return Curve(nats, fmean(curve.exponent for curve in curves))
 
 
 @dataclass(frozen=True)
@@ -107,18 +119,25 @@ class Value:
     """A measured sensitivity.
 
     Attributes:
-        value: nats for one unit of relative error.
-        error: its standard error.
+        nats: the damage of one tensor at a relative error is nats x error ** exponent.
+        exponent: see `nats`.
+        error: standard error of `nats`, in parts of it.
         tensors: how many were probed together.
         divergence: of the perturbed model, in nats a token, with what rounding makes.
-        relative_error: sum over the tensors of what the probe took from them.
+        relative_error: mean over the tensors of what the probe took from them.
     """
 
-    value: float
+    nats: float
+    exponent: float
     error: float
     tensors: int
     divergence: float
     relative_error: float
+
+    @property
+    def curve(self) -> Curve:
+        """The damage at any relative error."""
+        return Curve(self.nats, self.exponent)
 
 
 @dataclass(frozen=True)
@@ -133,7 +152,7 @@ class Measured:
         context, chunks: tokens of a chunk, and how many.
         engine: name and commit of what computed it.
         imatrix: whether errors were weighted with an importance matrix.
-        probe: the type that tensors got.
+        probes: the types that tensors got, one after the other.
         rounding: divergence that any change makes, because what goes into the weights behind it is rounded otherwise;
             it was taken from what the probes gave.
         classes: by class.
@@ -151,7 +170,7 @@ class Measured:
     chunks: int
     engine: str
     imatrix: bool
-    probe: str
+    probes: str
     rounding: float
     classes: Mapping[str, Value]
     by_layer: Mapping[tuple[str, int], Value] = field(default_factory=dict)
@@ -159,8 +178,8 @@ class Measured:
     def sensitivities(self) -> Sensitivities:
         """What the optimizer needs of them."""
         return Sensitivities(
-            {kind: found.value for kind, found in self.classes.items()},
-            {place: found.value for place, found in self.by_layer.items()},
+            {kind: found.curve for kind, found in self.classes.items()},
+            {place: found.curve for place, found in self.by_layer.items()},
             f"measured on {self.model} with {self.chunks} chunks of {self.corpus}",
         )
 
@@ -199,7 +218,7 @@ _FIELDS: Mapping[str, type] = {
     "chunks": int,
     "engine": str,
     "imatrix": bool,
-    "probe": str,
+    "probes": str,
     "rounding": float,
 }
 
@@ -286,11 +305,11 @@ def _number(path: Path, layer: str) -> int:
 
 
 def _value(path: Path, where: str, value: Any) -> Value:
-    names = ("value", "error", "divergence", "relative_error")
+    names = ("nats", "exponent", "error", "divergence", "relative_error")
     if not isinstance(value, dict) or set(value) != {*names, "tensors"} or type(value["tensors"]) is not int:
         raise _broken(path, f"{where} lacks a field, or has one too many")
     numbers = [value[name] for name in names]
-    if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers) or value["value"] <= 0:
+    if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers) or min(numbers[:2]) <= 0:
         raise _broken(path, f"{where} holds a value that is no positive number")
     return Value(**value)
 
@@ -309,15 +328,12 @@ def shipped_priors(tensor_names: Iterable[str], *, without: str = "", priors: Pr
     found = priors or _shipped()
     models = {name: classes for name, classes in found.models.items() if name != without}
     kinds = {kind for classes in models.values() for kind in classes}
-    together = {
-        kind: math.exp(fmean(math.log(classes[kind]) for classes in models.values() if kind in classes))
-        for kind in kinds
-    }
+    together = {kind: _mean([classes[kind] for classes in models.values() if kind in classes]) for kind in kinds}
     counts = Counter(tensor_class(name) for name in tensor_names)
-    by_class = {
-        kind: (together[kind] if kind in together else _stand_in(kind, together)) / count
-        for kind, count in counts.items()
-    }
+    by_class: dict[str, Curve] = {}
+    for kind, count in counts.items():
+        curve = together[kind] if kind in together else _stand_in(kind, together)
+        by_class[kind] = Curve(curve.nats / count, curve.exponent)
     return Sensitivities(by_class, origin=f"priors, measured on {', '.join(models)}")
 
 

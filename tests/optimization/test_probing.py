@@ -24,7 +24,7 @@ from localmix.native.kernels import quantize_rows
 from localmix.optimization import probing
 from localmix.optimization.probing import FINE, journal_path, measure, plan_probes
 from localmix.optimization.sampled_error import relative_errors
-from localmix.optimization.sensitivities import Measured, read_measured
+from localmix.optimization.sensitivities import Measured, Value, read_measured
 from localmix.presets import Preset, Rule, load_presets
 from localmix.quantize import quantize
 from localmix.sources.open import open_source
@@ -90,16 +90,24 @@ def test_weights_are_overwritten_with_what_is_left_of_them_and_put_back(tmp_path
         assert lost[name] == pytest.approx(expected[name][kind], rel=1e-4)
 
 
+def damage_at(value: Value, error: float = 0.08) -> float:
+    """Nats of all tensors of a class together."""
+    return float(value.tensors * value.nats * error**value.exponent)
+
+
 def test_every_class_that_is_quantized_is_measured(measured: Measured) -> None:
     assert set(measured.classes) == CLASSES
     assert measured.by_layer == {}
-    assert (measured.base, measured.probe, measured.chunks, measured.layers) == ("BF16", "Q3_K", 4, 3)
+    assert (measured.base, measured.probes, measured.chunks, measured.layers) == ("BF16", "Q3_K, Q2_K", 4, 3)
     assert not measured.imatrix
     assert measured.classes["attn_q"].tensors == 3
     for value in measured.classes.values():
-        assert 0.8 * value.divergence / value.relative_error < value.value <= value.divergence / value.relative_error
-        assert 0 < value.error < value.value
-    most = max(measured.classes, key=lambda kind: measured.classes[kind].value)
+        # what the curve says of the probe is what the probe gave, less what rounding makes
+        damage = value.tensors * value.nats * value.relative_error**value.exponent
+        assert 0.7 * value.divergence < damage <= value.divergence * 1.000001
+        assert 1 <= value.exponent <= 1.6
+        assert 0 < value.error < 1
+    most = max(measured.classes, key=lambda kind: damage_at(measured.classes[kind]))
     assert most == "output"
 
 
@@ -125,8 +133,9 @@ def test_q8_0_tells_nearly_what_bf16_does(
     assert found.base == "Q8_0"
     assert found.rounding > 3 * measured.rounding
     for kind, value in found.classes.items():
-        other = measured.classes[kind]
-        assert value.value == pytest.approx(other.value, abs=3 * math.hypot(value.error, other.error), rel=0.05)
+        one, other = damage_at(value), damage_at(measured.classes[kind])
+        error = math.hypot(one * value.error, other * measured.classes[kind].error)
+        assert one == pytest.approx(other, abs=3 * error, rel=0.05)
 
 
 def test_layers_are_probed_alone_where_that_is_wanted(
@@ -137,7 +146,9 @@ def test_layers_are_probed_alone_where_that_is_wanted(
     with open_source(tinymix_bf16) as source:
         importance = load_importance(imatrix)
         probes = plan_probes(source, importance, per_layer=True)
-    places = {(probe.kind, probe.layer): probe for probe in probes if probe.name != FINE}
+    places = {(probe.kind, probe.layer): probe for probe in probes if probe.coarse == "Q3_K"}
+    assert {probe.kind for probe in probes if probe.coarse == "Q2_K"} == CLASSES
+    assert [probe.kind for probe in probes if probe.coarse == FINE] == ["token_embd"]
     assert {kind for kind, layer in places if layer is None} == CLASSES
     assert {layer for kind, layer in places if kind == "attn_v"} == {None, 0, 1, 2}
     assert {layer for kind, layer in places if kind == "output"} == {None}
@@ -156,7 +167,8 @@ def test_layers_are_probed_alone_where_that_is_wanted(
     )
     assert found.imatrix
     assert len(found.by_layer) == 7 * 3
-    assert found.sensitivities().of("blk.2.attn_v.weight") == found.by_layer["attn_v", 2].value
+    assert found.sensitivities().of("blk.2.attn_v.weight") == found.by_layer["attn_v", 2].curve
+    assert found.by_layer["attn_v", 2].exponent == found.classes["attn_v"].exponent
 
 
 def test_a_run_that_was_stopped_goes_on_where_it_was(
@@ -244,7 +256,7 @@ def test_the_command_survives_kill_9_and_prints_what_it_measured(tmp_path: Path,
     done = line(*words, "--resume")
     assert set(done.json["classes"]) == CLASSES
     assert done.json["chunks"] == 4
-    assert read_measured(tmp_path / "out.json").classes["output"].value == done.json["classes"]["output"]["value"]
+    assert read_measured(tmp_path / "out.json").classes["output"].nats == done.json["classes"]["output"]["nats"]
     assert not partial.exists()
 
 

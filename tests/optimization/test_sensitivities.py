@@ -21,10 +21,10 @@ from localmix.optimization.sensitivities import (
     tensor_layer,
     write_sensitivities,
 )
-from localmix.presets import Priors
+from localmix.presets import Curve, Priors
 from localmix.tensor_types import BLOCKS, TensorType
 
-VALUE = Value(value=0.5, error=0.01, tensors=2, divergence=0.08, relative_error=0.16)
+VALUE = Value(nats=0.5, exponent=1.5, error=0.01, tensors=2, divergence=0.08, relative_error=0.08)
 MEASURED = Measured(
     model="small-BF16.gguf",
     architecture="llama",
@@ -37,10 +37,10 @@ MEASURED = Measured(
     chunks=32,
     engine="llama.cpp 0123",
     imatrix=True,
-    probe="Q3_K",
+    probes="Q3_K, Q2_K",
     rounding=0.0001,
-    classes={"attn_q": VALUE, "output": replace(VALUE, value=2.0, tensors=1)},
-    by_layer={("attn_q", 1): replace(VALUE, value=0.75)},
+    classes={"attn_q": VALUE, "output": replace(VALUE, nats=2.0, tensors=1)},
+    by_layer={("attn_q", 1): replace(VALUE, nats=0.75)},
 )
 
 
@@ -63,19 +63,26 @@ def test_the_class_of_a_tensor_is_its_name_without_layer_and_suffix(name: str, k
 
 def test_a_layer_that_was_measured_goes_before_its_class() -> None:
     found = MEASURED.sensitivities()
-    assert found.of("blk.0.attn_q.weight") == 0.5
-    assert found.of("blk.1.attn_q.weight") == 0.75
-    assert found.of("output.weight") == 2.0
+    assert found.of("blk.0.attn_q.weight").nats == 0.5
+    assert found.of("blk.1.attn_q.weight").nats == 0.75
+    assert found.of("output.weight").nats == 2.0
+
+
+def test_damage_grows_by_the_exponent_of_the_class() -> None:
+    assert MEASURED.sensitivities().damage("blk.0.attn_q.weight", 0.25) == pytest.approx(0.5 / 8)
 
 
 def test_a_class_that_was_not_measured_gets_the_mean_of_those_that_do_its_work() -> None:
-    known = Sensitivities({"attn_q": 1.0, "attn_k": 2.0, "attn_v": 6.0, "ffn_down_exps": 10.0, "ffn_up": 7.0})
-    assert known.of("blk.0.attn_qkv.weight") == 3.0
-    assert known.of("blk.0.attn_kv_a_mqa.weight") == 4.0
-    assert known.of("blk.0.ffn_down_shexp.weight") == 10.0
-    assert known.of("blk.0.ffn_down.weight") == 10.0
-    assert known.of("blk.0.ffn_gate_up_exps.weight") == 7.0
-    assert known.of("blk.0.ssm_in.weight") == 6.0  # nothing does its work: the median
+    nats = {"attn_q": 1.0, "attn_k": 2.0, "attn_v": 8.0, "ffn_down_exps": 10.0, "ffn_up": 7.0}
+    known = Sensitivities({kind: Curve(value, 1 + value / 10) for kind, value in nats.items()})
+    assert known.of("blk.0.attn_kv_a_mqa.weight").nats == pytest.approx(4.0)
+    assert known.of("blk.0.attn_kv_a_mqa.weight").exponent == pytest.approx(1.5)
+    assert known.of("blk.0.attn_qkv.weight").nats == pytest.approx(16 ** (1 / 3))
+    assert known.of("blk.0.ffn_down_shexp.weight").nats == pytest.approx(10.0)
+    assert known.of("blk.0.ffn_down.weight").nats == pytest.approx(10.0)
+    assert known.of("blk.0.ffn_gate_up_exps.weight").nats == pytest.approx(7.0)
+    # nothing does its work: the mean of all, in which every damage is their geometric mean
+    assert known.of("blk.0.ssm_in.weight").nats == pytest.approx((1 * 2 * 8 * 10 * 7) ** 0.2)
     assert known.unknown(["blk.0.attn_q.weight", "blk.0.ssm_in.weight", "blk.1.ssm_in.weight"]) == ["ssm_in"]
 
 
@@ -83,7 +90,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     path = tmp_path / "small.json"
     write_sensitivities(path, MEASURED)
     assert read_measured(path) == MEASURED
-    assert read_sensitivities(path, "llama", 2).by_layer == {("attn_q", 1): 0.75}
+    assert read_sensitivities(path, "llama", 2).by_layer == {("attn_q", 1): Curve(0.75, 1.5)}
     assert "small-BF16.gguf" in read_sensitivities(path).origin
 
 
@@ -126,9 +133,10 @@ def changed(**fields: Any) -> str:
         (changed(classes=[1]), "its field classes"),
         (changed(classes={"attn_q": 1}), "attn_q lacks a field"),
         (changed(classes={"attn_q": vars(VALUE) | {"more": 1}}), "one too many"),
-        (changed(classes={"attn_q": vars(VALUE) | {"value": -1}}), "no positive number"),
+        (changed(classes={"attn_q": vars(VALUE) | {"nats": -1}}), "no positive number"),
         (changed(classes={"attn_q": vars(VALUE) | {"error": "0"}}), "no positive number"),
-        (changed(classes={"attn_q": vars(VALUE) | {"value": math.inf}}), "it is no JSON"),
+        (changed(classes={"attn_q": vars(VALUE) | {"exponent": 0}}), "no positive number"),
+        (changed(classes={"attn_q": vars(VALUE) | {"nats": math.inf}}), "it is no JSON"),
         (changed(by_layer={"attn_q": {"-1": vars(VALUE)}}), "'-1' is no layer"),
         (changed(by_layer={"attn_q": 3}), "its field attn_q"),
     ],
@@ -152,12 +160,17 @@ def test_a_file_that_is_not_there_and_one_that_is_no_text_are_told(tmp_path: Pat
 
 
 def test_priors_share_a_class_out_among_the_tensors_of_the_model() -> None:
-    priors = Priors({"one": {"attn_q": 2.0, "output": 1.0}, "other": {"attn_q": 8.0, "output": 1.0}}, {})
+    models = {
+        "one": {"attn_q": Curve(2.0, 1.0), "output": Curve(1.0, 1.2)},
+        "other": {"attn_q": Curve(8.0, 1.4), "output": Curve(1.0, 1.2)},
+    }
+    priors = Priors(models, {})
     names = ["output.weight", *(f"blk.{layer}.attn_q.weight" for layer in range(8))]
     found = shipped_priors(names, priors=priors)
-    assert found.of("blk.3.attn_q.weight") == pytest.approx(0.5)  # the geometric mean of both is 4
-    assert found.of("output.weight") == pytest.approx(1.0)
-    assert shipped_priors(names, without="other", priors=priors).of("blk.3.attn_q.weight") == pytest.approx(0.25)
+    # at every error the geometric mean of both models, an eighth of it for each tensor
+    assert found.damage("blk.3.attn_q.weight", 0.5) == pytest.approx(math.sqrt(2.0 * 0.5 * 8.0 * 0.5**1.4) / 8)
+    assert found.damage("output.weight", 0.5) == pytest.approx(0.5**1.2)
+    assert shipped_priors(names, without="other", priors=priors).of("blk.3.attn_q.weight") == Curve(0.25, 1.0)
     assert found.origin == "priors, measured on one, other"
 
 
@@ -166,8 +179,9 @@ def test_the_shipped_priors_know_what_every_model_suffers_from_most() -> None:
     names += [f"blk.{layer}.{kind}.weight" for layer in range(32) for kind in ("attn_q", "attn_v", "ffn_down_exps")]
     found = shipped_priors(names)
     assert found.unknown(names) == []
-    assert found.of("output.weight") > found.of("token_embd.weight")
-    assert found.of("blk.0.ffn_down_exps.weight") > found.of("blk.0.attn_v.weight") > found.of("blk.0.attn_q.weight")
+    damages = {kind: found.damage(f"blk.0.{kind}.weight", 0.08) for kind in ("attn_q", "attn_v", "ffn_down_exps")}
+    assert damages["ffn_down_exps"] > damages["attn_v"] > damages["attn_q"]
+    assert found.damage("output.weight", 0.08) > found.damage("token_embd.weight", 0.08)
     assert set(found.by_class) == {"output", "token_embd", "attn_q", "attn_v", "ffn_down_exps"}
 
 

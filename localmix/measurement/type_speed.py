@@ -3,7 +3,7 @@
 To generate a token every weight that is used is read once and multiplied with a vector. ggml does that here with a
 ring of matrices of each type (`native.weight_ring`). The types take turns, round after round, so that a busy minute
 hits them all alike, and the quickest product with each matrix counts: other programs can only make it slower, and a
-product takes less than a millisecond, so that in some turn each is left alone.
+product takes so little time, a millisecond or two, that in some turn each is left alone.
 
 Added up over the weights that a token uses, this is some 7 % less than real generation takes, for dense models and
 for experts, with K- and I-quants alike: attention and norms are the rest. bench/type_speed.py measures it.

@@ -179,6 +179,7 @@ def command(
                 wishes = dataclasses.replace(wishes, remote=machines.devices)
             folder = stack.enter_context(private_folder())
             options = Preparation(console, program, folder, wishes).engines(models)
+            teller.served = options
             log = _open_log(console, port, log_json)
             if log is not None:
                 stack.callback(log.close)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from localmix.serving import engine, service
 
 if TYPE_CHECKING:
     from localmix.cli.console import Console
+    from localmix.serving.engine_options import EngineOptions
     from localmix.serving.service import Event
 
 
@@ -19,6 +21,7 @@ class Teller:
     Attributes:
         made_key: the API key, where it was made here and nobody knows it yet.
         log: the file, if there is one.
+        served: how the models are started.
         was_ready: whether everything answered once.
     """
 
@@ -29,6 +32,7 @@ class Teller:
         self._loading = ""
         self.made_key: str | None = None
         self.log: Path | None = None
+        self.served: Sequence[EngineOptions] = ()
         self.was_ready = False
 
     def __call__(self, event: Event) -> None:
@@ -89,7 +93,7 @@ class Teller:
         key = {"api_key": self.made_key} if self.made_key else {}
         self.line("ready", url=event.url, models=event.models, page=event.page, log=str(self.log or ""), **key)
         if not self._json:
-            fields = {"models": ", ".join(event.models), "API": f"{event.url}/v1"}
+            fields = {"models": "; ".join(map(_describe, self.served)), "API": f"{event.url}/v1"}
             if event.page:
                 fields["chat page"] = f"{event.url}/"
             if self.made_key:
@@ -105,3 +109,9 @@ class Teller:
             webbrowser.open(f"{event.url}/")
         elif self._open_page:
             self._console.warn("This llama-server has no chat page. `localmix doctor --build-server` builds one in.")
+
+
+def _describe(options: EngineOptions) -> str:
+    """A model, and what localmix found room for."""
+    at_once = f"{options.slots} requests at once" if options.slots > 1 else "one request at a time"
+    return f"{options.name}, {at_once}, {options.context} positions each"

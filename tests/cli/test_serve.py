@@ -108,7 +108,9 @@ def test_serving_and_ctrl_c_at_a_terminal(serve: CommandLine) -> None:
         terminal.type(f"{sys.executable} -m localmix serve {' '.join(SMALL)}; echo code=$?")
         screen = terminal.wait("Ctrl-C ends it.")
         url = screen.partition("API")[2].split()[0]
-        assert "models     fox:BF16" in screen and "Loading" not in screen  # the progress line is gone
+        assert (
+            "models     fox:BF16, one request at a time, 512 positions each" in screen and "Loading" not in screen
+        )  # the progress line is gone
         assert f"chat page  {url.removesuffix('v1')}\n" in screen and "serve.log" in screen
         assert ask(f"{url}/models")["data"][0]["id"] == "fox:BF16"
         terminal.press("C-c")

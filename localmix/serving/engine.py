@@ -160,6 +160,7 @@ class Engine:
         """
         self._report = report
         self._supervision = asyncio.create_task(self._supervise(), name=f"engine {self.name}")
+        self._supervision.add_done_callback(lambda _: self._over.set())
         await self.wait_ready()
 
     async def wait_ready(self) -> None:
@@ -174,19 +175,22 @@ class Engine:
         finally:
             for wait in waits:
                 wait.cancel()
+        if self._over.is_set():
+            await self.wait_failed()
         if self.state == "failed" and self.error is not None:
             raise self.error
 
     async def wait_failed(self) -> None:
-        """Wait until it is given up."""
+        """Wait until it is given up; a bug in its supervision is raised here."""
         await self._over.wait()
+        if self._supervision is not None:
+            await self._supervision
 
     async def stop(self) -> None:
         """End the process; harmless when it never started."""
         if self._supervision is not None:
             self._supervision.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._supervision
+            await asyncio.gather(self._supervision, return_exceptions=True)
         await self._end_process()
 
     async def _supervise(self) -> None:
@@ -203,7 +207,6 @@ class Engine:
                 crashes = 0
             if first_start or crashes == len(self._pauses):
                 self.state = "failed"
-                self._over.set()
                 if not first_start:
                     self._tell(GivenUp(self.name, self.failure or ""))
                 return
@@ -377,7 +380,8 @@ def explain_end(status: int, lines: Sequence[str], model: Path) -> LocalmixError
         )
     if words:
         return InputError(f"llama-server ended with {name}: {words}.", "Check the file with `localmix info`.")
-    return InputError(f"llama-server ended with {name}, status {status}.", "Its log may say why.")
+    last = f": {lines[-1].strip().rstrip('.')}" if lines else ""
+    return InputError(f"llama-server ended with {name}, status {status}{last}.", "Its log may say more.")
 
 
 def _reason(lines: Sequence[str]) -> str:

@@ -163,6 +163,13 @@ def test_what_does_not_start_says_why(program: Path, tinymix_bf16: Path, tmp_pat
     assert not list(tmp_path.glob("*.sock"))
 
 
+def test_a_bug_of_ours_is_raised_and_not_waited_for(program: Path, tinymix_bf16: Path, tmp_path: Path) -> None:
+    engine = Engine(program, options(tinymix_bf16, further=("--no-such",)), tmp_path, blame=lambda: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        run(engine, nothing)
+    assert engine.pid is None
+
+
 def test_without_unix_sockets_a_key_guards_the_port(
     program: Path, tinymix_bf16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,6 +259,13 @@ LOADING = "0.00.023.133 E llama_model_load: error loading model: unknown model a
             "m.gguf does not fit into memory: failed to allocate buffer of size 5.",
         ),
         (1, [], InputError, "llama-server ended with m.gguf, status 1."),
+        (
+            127,
+            ["llama-server: error while loading shared libraries: libcuda.so.1: cannot open shared object file"],
+            InputError,
+            "llama-server ended with m.gguf, status 127: llama-server: error while loading shared libraries: libcuda.so.1:"
+            " cannot open shared object file.",
+        ),
     ],
 )
 def test_ends_as_sentences(status: int, lines: list[str], kind: type[LocalmixError], words: str) -> None:

@@ -652,7 +652,7 @@ def _check_ability(engine: Engine, path: str) -> None:
 
 def _engine_lost(name: str) -> ApiError:
     return ApiError(
-        503, f"The engine of {name} stopped in the middle of its work; try again soon.", SERVER,
+        503, f"The engine of {name} is gone, and is started again; try again soon.", SERVER,
         code=ENGINE_LOST, retry_after=RETRY_SECONDS,
     )  # fmt: skip
 

@@ -10,6 +10,7 @@ import secrets
 import shutil
 import signal
 import tempfile
+import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from localmix.serving.policy import Policy
 DRAIN_SECONDS = 60.0
 _SAID_AFTER_SECONDS = 0.3  # what ends sooner needs no word
 _FOLDER, _LOCK = "localmix-serve-", "lock"
+_SETTLED_SECONDS = 10.0  # a folder that is younger may not have its lock yet
 _LONGEST_SOCKET = 100  # bytes; the system's structures have room for 104 to 108
 
 
@@ -157,8 +159,10 @@ def private_folder() -> Iterator[Path]:
     if len(os.fsencode(base)) + 40 > _LONGEST_SOCKET:
         base = Path("/tmp")
     for left in base.glob(f"{_FOLDER}*"):
-        with contextlib.suppress(OSError, filelock.Timeout), filelock.FileLock(left / _LOCK, timeout=0):
-            shutil.rmtree(left, ignore_errors=True)
+        with contextlib.suppress(OSError, filelock.Timeout):
+            if time.time() - left.stat().st_mtime > _SETTLED_SECONDS:
+                with filelock.FileLock(left / _LOCK, timeout=0):
+                    shutil.rmtree(left, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=_FOLDER, dir=base))
     try:
         # the system's: it goes with its process, however that ends, and counts between containers, too

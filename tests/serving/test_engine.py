@@ -261,10 +261,10 @@ LOADING = "0.00.023.133 E llama_model_load: error loading model: unknown model a
         (1, [], InputError, "llama-server ended with m.gguf, status 1."),
         (
             127,
-            ["llama-server: error while loading shared libraries: libcuda.so.1: cannot open shared object file"],
+            ["error while loading shared libraries: libcuda.so.1: cannot open shared object file"],
             InputError,
-            "llama-server ended with m.gguf, status 127: llama-server: error while loading shared libraries: libcuda.so.1:"
-            " cannot open shared object file.",
+            "llama-server ended with m.gguf, status 127: error while loading shared libraries: libcuda.so.1: cannot"
+            " open shared object file.",
         ),
     ],
 )

@@ -76,8 +76,8 @@ class MixtureWish:
             found = measure([*TYPES, *FLOAT_TYPES], threads, progress=progress)
         if found.busy:
             console.warn(
-                f"The speeds of the types were measured while other programs used {found.others:.0%} of the processor:"
-                " `localmix bench --types --again` measures them anew."
+                f"Other programs used {found.others:.0%} of the processor while the speeds of the types were measured,"
+                " and these did not settle: another run may choose otherwise."
             )
         return replace(self, request=replace(self.request, seconds=found.seconds))
 

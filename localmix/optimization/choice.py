@@ -17,7 +17,7 @@ import numpy as np
 
 from localmix.errors import CapacityError, InputError, LocalmixError, UsageError
 from localmix.gguf_format import padded, tensor_bytes
-from localmix.optimization.freedom import K_TYPES, Freedom, Terms
+from localmix.optimization.freedom import K_TYPES, Freedom, Terms, bits
 from localmix.optimization.knapsack import Choice, Losses, Sizes, solve
 from localmix.optimization.recipe import fold_rules
 from localmix.optimization.sampled_error import Errors, can_hold
@@ -221,13 +221,14 @@ class Chooser:
         base = best or (self._candidates[-1] if self._candidates else None)
         name = base.preset.base if base is not None else "Q8_0"
         sizes = self._sizes(target)
-        smallest: Choice = np.where(np.isfinite(self._losses), sizes, np.iinfo(np.int64).max).argmin(axis=1)
+        losses = self._losses if best is None or not freedom.terms.prudent else self._prudent(best)
+        smallest: Choice = np.where(np.isfinite(losses), sizes, np.iinfo(np.int64).max).argmin(axis=1)
         found = self._make(target, name, sizes, smallest)
-        if found.counted > limit:
+        if found.counted > limit and best is None:
             raise self._too_small(target, found)
         beside = found.counted - found.free  # known better with each pass: the head tells the types
         for _ in range(_PASSES):
-            options = self._solve(sizes, limit - beside, best, seconds)
+            options = self._solve(sizes, losses, limit - beside, best, seconds)
             if options is None:
                 break
             tried = self._make(target, name, sizes, options)
@@ -236,7 +237,8 @@ class Chooser:
                 break
             beside = tried.counted - tried.free
         rated = self._rate(found.plan, found.types)
-        if best is not None and (rated.damage > best.rated.damage or (rated.seconds or 0) > seconds):
+        is_slower = (rated.seconds or 0.0) > seconds * (1 + 1e-9)  # more than another order of adding makes
+        if best is not None and (found.counted > limit or is_slower or rated.damage > best.rated.damage):
             preset = replace(best.preset, name=target.name)
             plan = freedom.plan(preset)
             notes = [f"{target.name}: nothing better was found than {best.rated.name} as it is."]
@@ -245,7 +247,7 @@ class Chooser:
             preset, plan, notes = found.preset, found.plan, []
         counted = target.measure(plan)
         if counted < limit * (1 - WORTH_A_WORD):
-            all_best = bool((self._taken(found.options) <= self._losses.min(axis=1)).all())
+            all_best = bool((_taken(losses, found.options) <= losses.min(axis=1)).all())
             reason = "every tensor has the best of its types" if all_best else "no better type fits what is left"
             notes.append(f"{target.name}: the output stays {100 * (1 - counted / limit):.1f} % below: {reason}.")
         return Chosen(target, preset, plan, rated, best.rated if best is not None else None, tuple(notes))
@@ -303,45 +305,44 @@ class Chooser:
         free = int(sizes[np.arange(len(options)), options].sum())
         return _Found(options, types, preset, plan, free, target.measure(plan))
 
-    def _taken(self, options: Choice) -> Losses:
-        taken: Losses = self._losses[np.arange(len(options)), options]
-        return taken
+    def _prudent(self, best: _Candidate) -> Losses:
+        """What the options lose, without those of fewer bits than any that a preset gives to a free tensor."""
+        least = min(bits(best.types[tensor.name]) for tensor in self._freedom.free)
+        losses: Losses = self._losses.copy()
+        for row, kinds in enumerate(self._options):
+            for column, kind in enumerate(kinds):
+                if bits(kind) < least:
+                    losses[row, column] = np.inf
+        return losses
 
-    def _solve(self, sizes: Sizes, room: int, best: _Candidate | None, seconds: float) -> Choice | None:
+    def _solve(self, sizes: Sizes, losses: Losses, room: int, best: _Candidate | None, seconds: float) -> Choice | None:
         """Options of the free tensors for so many bytes, and so many seconds of a token."""
         rows = np.arange(len(sizes))
         start = self._options_of(best) if best is not None else None
         if start is not None and int(sizes[rows, start].sum()) > room:
             start = None  # by no more than the recipe takes in the head
         if seconds == math.inf:
-            return self._solve_priced(sizes, self._losses, room, start)
+            return _solve_twice(sizes, losses, room, start)
         fixed = [tensor for tensor in self._freedom.quantizable if tensor.name in self._freedom.fixed]
         allowed = seconds - sum(self._time(tensor, self._freedom.fixed[tensor.name]) for tensor in fixed)
         least = start
         # A price of a second in nats: none first, then the lowest that keeps to the time.
-        scale = float(np.nanmax(np.where(np.isfinite(self._losses), self._losses, np.nan)) / self._seconds.max())
+        scale = float(losses[np.isfinite(losses)].max() / self._seconds.max())
         low, high = -_DECADES, _DECADES
         for step in range(_SPEED_STEPS):
             middle = (low + high) / 2
             price = 0.0 if step == 0 else scale * 10.0**middle
-            found = self._solve_priced(sizes, self._losses + price * self._seconds, room, start)
+            found = _solve_twice(sizes, losses + price * self._seconds, room, start)
             if found is None:
                 return least
             keeps = float(self._seconds[rows, found].sum()) <= allowed
-            if keeps and (least is None or self._taken(found).sum() < self._taken(least).sum()):
+            if keeps and (least is None or _taken(losses, found).sum() < _taken(losses, least).sum()):
                 least = found
             if keeps and step == 0:
                 break
             if step:
                 low, high = (low, middle) if keeps else (middle, high)
         return least
-
-    def _solve_priced(self, sizes: Sizes, losses: Losses, room: int, start: Choice | None) -> Choice | None:
-        """The better of two searches: from nothing, and from a preset."""
-        rows = np.arange(len(sizes))
-        found = [solve(sizes, losses, room), *([solve(sizes, losses, room, start)] if start is not None else [])]
-        solved = [options for options in found if options is not None]
-        return min(solved, key=lambda options: float(losses[rows, options].sum()), default=None)
 
     def _options_of(self, candidate: _Candidate) -> Choice | None:
         """A preset as options of the free tensors; None where one of its types is not to be chosen."""
@@ -369,3 +370,16 @@ class Chooser:
         return UsageError(
             f"The target {target.name} is too small for this model: the smallest mixture has {told}.", hint
         )
+
+
+def _taken(losses: Losses, options: Choice) -> Losses:
+    """What each item loses."""
+    taken: Losses = losses[np.arange(len(options)), options]
+    return taken
+
+
+def _solve_twice(sizes: Sizes, losses: Losses, room: int, start: Choice | None) -> Choice | None:
+    """The better of two searches: from nothing, and from a preset."""
+    found = [solve(sizes, losses, room), *([solve(sizes, losses, room, start)] if start is not None else [])]
+    solved = [options for options in found if options is not None]
+    return min(solved, key=lambda options: float(_taken(losses, options).sum()), default=None)

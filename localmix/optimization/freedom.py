@@ -54,6 +54,7 @@ class Terms:
         minima: tensors that match a pattern get no type of fewer bits than this one; the first match decides.
         rules: types that tensors have by name; they are not chosen.
         output, embedding: types of output.weight and token_embd.weight, likewise.
+        prudent: choose no type of fewer bits than any in the best preset of at most the size.
     """
 
     types: tuple[TensorType, ...] | None = None
@@ -61,6 +62,7 @@ class Terms:
     rules: tuple[Rule, ...] = ()
     output: TensorType | None = None
     embedding: TensorType | None = None
+    prudent: bool = False
 
 
 class Freedom:
@@ -173,7 +175,7 @@ class Freedom:
         own = (tensor.type,) if self.terms.types is None else ()
         for kinds in ((*(self.terms.types or TYPES), *own), (*TYPES, tensor.type)):
             known = [kind for kind in dict.fromkeys(kinds) if kind in errors or kind == tensor.type]
-            held = [kind for kind in known if least is None or _bits(kind) >= _bits(least)]
+            held = [kind for kind in known if least is None or bits(kind) >= bits(least)]
             if held:
                 return held
         return [tensor.type]
@@ -188,6 +190,7 @@ def _adapt(preset: Preset, terms: Terms) -> Preset:
     )
 
 
-def _bits(kind: TensorType) -> float:
+def bits(kind: TensorType) -> float:
+    """Bits of a weight, scales counted."""
     weights, size = BLOCKS[kind]
     return size * 8 / weights

@@ -189,6 +189,21 @@ def test_columns_that_fit_none_of_the_given_types_get_another(tmp_path: Path) ->
     assert types["blk.0.ffn_down_exps.weight"] not in (TensorType.Q2_K, TensorType.Q4_K)
 
 
+def test_a_prudent_choice_takes_no_smaller_type_than_the_best_preset(tinymix: Source, usual: Chooser) -> None:
+    prudent = chooser(tinymix, Terms(prudent=True))
+    smaller = 0
+    for preset in usual.rated:
+        target = parse_target(f"{preset.bytes}B")
+        chosen, free = prudent.choose(target), usual.choose(target)
+        assert chosen.best_preset is not None
+        assert 0.98 * free.rated.damage <= chosen.rated.damage <= chosen.best_preset.damage
+        plan = Planner(tinymix).plan(load_presets().find(chosen.best_preset.name), has_imatrix=True)
+        least = min(tensor.bytes / tensor.info.elements for tensor in plan.tensors)
+        assert min(tensor.bytes / tensor.info.elements for tensor in chosen.plan.tensors) >= least
+        smaller += min(tensor.bytes / tensor.info.elements for tensor in free.plan.tensors) < least
+    assert smaller > 5
+
+
 def test_with_speeds_it_is_no_slower_than_the_best_k_quant_of_its_size(tinymix: Source) -> None:
     seconds = {kind: 1e-11 * (4 if kind.name.startswith("I") else 1) for kind in (*TYPES, TensorType.BF16)}
     fast = chooser(tinymix, seconds=seconds)

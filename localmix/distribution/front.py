@@ -190,8 +190,9 @@ class Front:
                 return
             attempt += 1
             try:
-                self._server.stop()
-                self._server.start()
+                with self._turn:  # who was served sees the old one end first
+                    self._server.stop()
+                    self._server.start()
             except InputError as error:
                 self._tell(Failed(error))
                 return

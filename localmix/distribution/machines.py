@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from localmix import worker
 from localmix.distribution.protocol import DeviceMemory, Endpoint, devices_of
 from localmix.distribution.relay import Listening, Lost, relay
-from localmix.errors import InputError, LocalmixError, NetworkError
+from localmix.errors import InputError, LocalmixError, NetworkError, UsageError
 from localmix.native.devices import REMOTE, Device, has_rpc_backend
 from localmix.native.library import PINNED_VERSION
 
@@ -28,6 +28,7 @@ _NEWS_SECONDS = 0.5
 _GRACE_SECONDS = 1.0
 # a death is put down to a loss that is not longer ago
 _BLAMED_SECONDS = 5.0
+_MOST_DEVICES = 16  # llama_max_devices()
 
 
 class Machines:
@@ -38,6 +39,7 @@ class Machines:
 
     Raises (when entered):
         NetworkError: a worker cannot be used; the sentence says why.
+        UsageError: they have more devices than llama.cpp takes.
         InputError: the engine was built without its part for this.
     """
 
@@ -69,6 +71,10 @@ class Machines:
             if self._failure is not None:
                 raise self._failure
             self.devices = tuple(self._name(memories))
+            if len(self.devices) > _MOST_DEVICES:
+                raise UsageError(
+                    f"llama.cpp takes {_MOST_DEVICES} devices, and these workers have {len(self.devices)}."
+                )
             worker.death_reasons.append(self.explain)
             stack.callback(worker.death_reasons.remove, self.explain)
             self._stack = stack.pop_all()

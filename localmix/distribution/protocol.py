@@ -32,6 +32,9 @@ BUSY = (0, 0, 1)
 
 _MOST_DEVICES = 64
 
+# Of a connection on which nothing comes: probed after so many seconds, each second, and given up after so many probes.
+_IDLE, _INTERVAL, _PROBES = 2, 1, 4
+
 
 @dataclass(frozen=True)
 class Endpoint:
@@ -75,7 +78,7 @@ def parse_endpoints(text: str) -> tuple[Endpoint, ...]:
 
 
 def connect(endpoint: Endpoint, seconds: float = PATIENCE_SECONDS) -> socket.socket:
-    """A TCP connection to a worker that notices within `watching.SILENT_SECONDS` when the other end is gone.
+    """A TCP connection to a worker, probed by the system (`keep_alive`).
 
     Raises:
         NetworkError: there is none to be had in time.
@@ -90,13 +93,8 @@ def connect(endpoint: Endpoint, seconds: float = PATIENCE_SECONDS) -> socket.soc
     return connection
 
 
-# Of a connection on which nothing comes: probed after so many seconds, each second, and given up after so many probes.
-_IDLE, _INTERVAL, _PROBES = 2, 1, 4
-SILENT_SECONDS = _IDLE + _INTERVAL * _PROBES
-
-
 def keep_alive(connection: socket.socket) -> None:
-    """Have the system probe an idle connection, and end it when the other machine no longer answers."""
+    """Have the system probe an idle connection, and end it when the other machine does not answer for 6 seconds."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     # the first is called otherwise on macOS
     idle = getattr(socket, "TCP_KEEPIDLE", None) or getattr(socket, "TCP_KEEPALIVE", None)
@@ -156,10 +154,7 @@ class _Talk:
             if announced == size:
                 return self._read(size, end)
         except TimeoutError as error:
-            raise NetworkError(
-                f"The worker {self._endpoint} does not answer within {PATIENCE_SECONDS:g} seconds.",
-                "It serves one client at a time: is another one using it?",
-            ) from error
+            raise silent(self._endpoint) from error
         except OSError as error:
             raise _unreachable(self._endpoint, error) from error
         raise _stranger(self._endpoint)
@@ -176,6 +171,14 @@ class _Talk:
                 raise _stranger(self._endpoint)
             found += piece
         return found
+
+
+def silent(endpoint: Endpoint) -> NetworkError:
+    """The error for a worker that takes a connection and says nothing."""
+    return NetworkError(
+        f"The worker {endpoint} does not answer within {PATIENCE_SECONDS:g} seconds.",
+        "It serves one client at a time: is another one using it?",
+    )
 
 
 def _stranger(endpoint: Endpoint) -> NetworkError:

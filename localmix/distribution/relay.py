@@ -101,18 +101,21 @@ class _Passage:
 
     def _pass_answers(self, worker: socket.socket) -> None:
         buffer = memoryview(bytearray(_PIECE_BYTES))
-        watched = False
+        greeted = False
+        worker.settimeout(protocol.PATIENCE_SECONDS)  # to be greeted; it takes its time for what comes later
         while True:
             try:
                 count = worker.recv_into(buffer)
             except OSError as error:
-                self._lose(_lost(self._endpoint, error))
+                waited = isinstance(error, TimeoutError) and not greeted
+                self._lose(protocol.silent(self._endpoint) if waited else _lost(self._endpoint, error))
                 return
             if not count:
                 self._lose(_lost(self._endpoint, None))
                 return
-            if not watched:  # before its first answer the worker may still have another client
-                watched = True
+            if not greeted:  # before, it may still have had another client
+                greeted = True
+                worker.settimeout(None)
                 threading.Thread(target=self._keep_watch, daemon=True).start()
             try:
                 self._engine.sendall(buffer[:count])

@@ -117,6 +117,15 @@ def test_a_worker_that_ends_the_connection_is_lost(abruptly: bool) -> None:
         watch.close()
 
 
+def test_a_worker_that_does_not_greet_is_not_waited_for() -> None:
+    far = Far()
+    with relayed(far) as (child, (port,)), near(port) as engine:
+        engine.sendall(b"hello")
+        assert engine.recv(1) == b""
+        lost = next(child)
+        assert isinstance(lost, Lost) and "does not answer within 5 seconds" in lost.error.message
+
+
 def test_a_second_connection_that_the_worker_ends_means_nothing() -> None:
     far = Far()
     with relayed(far) as (_, (port,)), near(port) as engine, far.accept() as worker:

@@ -19,7 +19,8 @@ class CatalogEntry:
     """One quantization type.
 
     Attributes:
-        bpw: bits per weight of a Mixtral-8x7B, with an importance matrix where the type wants one; None for COPY.
+        bpw: bits per weight of a Mixtral-8x7B, with an importance matrix where the type wants one; None for COPY, and
+            for a recipe of one model.
         bytes: size of a Mixtral-8x7B.
         imatrix: required, recommended, optional or unused.
     """
@@ -36,7 +37,7 @@ def catalog(presets: Presets) -> Sequence[CatalogEntry]:
     planner = Planner(open_source(REFERENCE_MODEL))
     entries = []
     for preset in presets.presets.values():
-        if preset.base == COPY:
+        if preset.base == COPY or preset.recipe is not None:
             entries.append(CatalogEntry(preset.name, None, None, preset.imatrix, preset.advice))
             continue
         plan = planner.plan(preset, has_imatrix=preset.imatrix in ("required", "recommended"))

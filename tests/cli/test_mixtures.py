@@ -72,6 +72,7 @@ def test_a_target_is_kept_and_its_recipe_makes_the_same_bytes(localmix: CommandL
     head = read_header(path).metadata
     assert head["localmix.recipe.target"].value == "4.50bpw"
 
+    assert "4.50bpw" in localmix("quantize", "--list", "--presets", "recipe.yaml").out
     again = localmix("quantize", "4.50bpw", "fox", "--presets", "recipe.yaml", "-o", "again.gguf", "--json").json
     assert again["outputs"][0]["mixture"] is None
     assert (localmix.folder / "again.gguf").read_bytes() == path.read_bytes()

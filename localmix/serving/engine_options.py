@@ -19,11 +19,10 @@ MIB = 2**20
 _CELLS = 256  # llama.cpp rounds a context up to a multiple
 NGRAM_TOKENS = 4
 
-# How chat writes a conversation for a model without a template: its texts, one under the other.
+# A conversation for a model without a template: its texts, one under the other. Chat leaves a system prompt out there;
+# llama-server would put it in front even so.
 PLAIN_TEMPLATE = (
-    "{%- for message in messages if message['role'] != 'system' -%}"
-    "{{- '' if loop.first else '\\n' -}}{{- message['content'] -}}"
-    "{%- endfor -%}"
+    "{%- for message in messages -%}{{- '' if loop.first else '\\n' -}}{{- message['content'] -}}{%- endfor -%}"
 )
 
 _GATES = "localmix itself listens, with rules of its own: see --host, --port, --api-key, --api-key-file and --cors."

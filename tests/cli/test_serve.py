@@ -25,6 +25,7 @@ from localmix.cli.serve import command
 from localmix.errors import LocalmixError
 from tests.commands import CommandLine
 from tests.model_families import write_model
+from tests.random_model import write_random_model
 from tests.terminal import Terminal
 
 pytestmark = [pytest.mark.upstream, pytest.mark.skipif(os.name == "nt", reason="signals and terminals")]
@@ -242,6 +243,18 @@ def test_several_models_and_their_kinds(serve: CommandLine) -> None:
         assert sum(value * value for value in vector) == pytest.approx(1, abs=1e-3)
         assert len(run.servers) == 2
         assert run.end(signal.SIGTERM) == 0
+
+
+def test_a_model_without_a_template_goes_on_with_the_text(serve: CommandLine) -> None:
+    bare = write_random_model(serve.folder / "bare.gguf", chat_template="")
+    turns = [("system", "Be brief."), ("user", "One"), ("assistant", "two"), ("user", "three")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    with running(serve, bare, *SMALL) as run:
+        url = run.wait("ready")["url"]
+        assert ask(f"{url}/apply-template", {"messages": messages})["prompt"] == "Be brief.\nOne\ntwo\nthree"
+        reply = ask(f"{url}/v1/chat/completions", {"messages": messages, "max_tokens": 3})
+        assert reply["usage"]["completion_tokens"] == 3
+        assert run.end(signal.SIGINT) == 0
 
 
 def test_another_host_has_a_key_that_nobody_else_sees(serve: CommandLine) -> None:

@@ -95,3 +95,25 @@ def test_the_line_is_named(tmp_path: Path) -> None:
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileError, match="cannot be read"):
         load_presets(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("section", "reason"),
+    [
+        ("{}", "priors needs models and errors"),
+        ("{models: {one: {attn_q: [1, 2]}}}", "priors needs models and errors"),
+        ("{models: {one: {attn_q: 1}}, errors: {Q2_K: 0.1}}", "attn_q of one is not a list"),
+        ("{models: {one: {attn_q: [1]}}, errors: {Q2_K: 0.1}}", "attn_q of one needs two numbers"),
+        ("{models: {one: {attn_q: [-1, 1]}}, errors: {Q2_K: 0.1}}", "'-1', not a positive number"),
+        ("{models: {one: {attn_q: [.nan, 1]}}, errors: {Q2_K: 0.1}}", "'nan', not a positive number"),
+        ("{models: {one: {attn_q: [1, 1]}}, errors: {Q2: 0.1}}", "Q2"),
+        ("{models: {one: {attn_q: [1, 1]}}, errors: {Q2_K: no}}", "the relative error of Q2_K is 'False'"),
+        ("{origin: x}", "has the unknown field 'origin'"),
+    ],
+)
+def test_broken_priors_are_named(section: str, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / "presets.yaml"
+    path.write_text(f"presets:\n  Q8_0: {{}}\npriors: {section}\n")
+    with pytest.raises(InputError) as caught:
+        load_presets(path)
+    assert reason in caught.value.message

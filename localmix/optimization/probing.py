@@ -43,10 +43,11 @@ from localmix.sources.open import open_source
 from localmix.tensor_types import FLOAT_TYPES, TensorType, row_bytes, widen
 from localmix.worker import Channel, Progress, Report
 
-PROBES = ("Q3_K", "Q2_K")
+# Two types far apart, so that chance changes the exponent little; Q2_K stands in for the second where it cannot be.
+PROBES = ("Q3_K", "IQ1_S")
 # Between which an exponent is believed, and the usual one where no two types tell.
-_EXPONENTS = (1.0, 1.6)
-_USUAL_EXPONENT = 1.25
+_EXPONENTS = (1.0, 1.7)
+_USUAL_EXPONENT = 1.4
 CHUNKS = 32
 # What a perturbed row can be written back as without losing what the probe is about.
 BASES = frozenset({*FLOAT_TYPES, TensorType.Q8_0})
@@ -66,7 +67,7 @@ class Probe:
         kind: their class.
         layer: where they lie; None for all layers.
         coarse: the type that is meant, as `PROBES` has it.
-        types: what each gets; where its columns do not fit the type, what llama.cpp takes instead.
+        types: what each gets; where a tensor cannot have the type, another one.
     """
 
     kind: str
@@ -173,7 +174,7 @@ def measure(
             chunks=each,
             engine=ENGINE,
             imatrix=importance is not None,
-            probes=", ".join(PROBES),
+            probes=", ".join(_commonest(probes, coarse) for coarse in PROBES),
             rounding=rounding,
             classes={kind: value for (kind, layer), value in values.items() if layer is None},
             by_layer={(kind, layer): value for (kind, layer), value in values.items() if layer is not None},
@@ -194,9 +195,13 @@ def plan_probes(source: Source, importance: Importance | None, per_layer: bool) 
     """
     planner = Planner(source)
     types: dict[str, dict[str, TensorType]] = {}
-    for coarse, base in (("Q3_K", "Q3_K_M"), ("Q2_K", "Q2_K"), (FINE, "Q6_K")):
+    for coarse, base in (("Q3_K", "Q3_K_M"), ("IQ1_S", "Q2_K"), (FINE, "Q6_K")):
         planned = planner.plan(Preset(base, base, pure=True), importance=importance)
         types[coarse] = {tensor.info.name: tensor.type for tensor in planned.tensors}
+    for tensor in source.tensors:
+        covered = importance is not None and tensor.name in importance.entries
+        if types["IQ1_S"][tensor.name] == TensorType.Q2_K and covered:
+            types["IQ1_S"][tensor.name] = TensorType.IQ1_S
     first = types[PROBES[0]]
     changed = [tensor for tensor in source.tensors if first[tensor.name] not in (tensor.type, *FLOAT_TYPES)]
     lossy = next((tensor for tensor in changed if tensor.type not in BASES), None)
@@ -220,6 +225,12 @@ def plan_probes(source: Source, importance: Importance | None, per_layer: bool) 
         wanted = (*(PROBES if layer is None else PROBES[:1]), *((FINE,) if kind == _FIRST else ()))
         probes += [Probe(kind, layer, coarse, {name: types[coarse][name] for name in names}) for coarse in wanted]
     return probes
+
+
+def _commonest(probes: Sequence[Probe], coarse: str) -> str:
+    """The type that most tensors get in probes."""
+    counts = Counter(kind for probe in probes if probe.coarse == coarse for kind in probe.types.values())
+    return counts.most_common(1)[0][0].name
 
 
 def _check_memory(source: Source) -> None:

@@ -105,7 +105,7 @@ def test_every_class_that_is_quantized_is_measured(measured: Measured) -> None:
         # what the curve says of the probe is what the probe gave, less what rounding makes
         damage = value.tensors * value.nats * value.relative_error**value.exponent
         assert 0.7 * value.divergence < damage <= value.divergence * 1.000001
-        assert 1 <= value.exponent <= 1.6
+        assert 1 <= value.exponent <= 1.7
         assert 0 < value.error < 1
     most = max(measured.classes, key=lambda kind: damage_at(measured.classes[kind]))
     assert most == "output"
@@ -147,12 +147,15 @@ def test_layers_are_probed_alone_where_that_is_wanted(
         importance = load_importance(imatrix)
         probes = plan_probes(source, importance, per_layer=True)
     places = {(probe.kind, probe.layer): probe for probe in probes if probe.coarse == "Q3_K"}
-    assert {probe.kind for probe in probes if probe.coarse == "Q2_K"} == CLASSES
+    assert {probe.kind for probe in probes if probe.coarse == "IQ1_S"} == CLASSES
     assert [probe.kind for probe in probes if probe.coarse == FINE] == ["token_embd"]
     assert {kind for kind, layer in places if layer is None} == CLASSES
     assert {layer for kind, layer in places if kind == "attn_v"} == {None, 0, 1, 2}
     assert {layer for kind, layer in places if kind == "output"} == {None}
     assert list(places["attn_v", 1].types) == ["blk.1.attn_v.weight"]
+    coarsest = {probe.kind: set(probe.types.values()) for probe in probes if probe.coarse == "IQ1_S"}
+    assert coarsest["attn_v"] == {TensorType.IQ1_S}
+    assert coarsest["output"] == {TensorType.Q2_K}  # the importance matrix does not cover it
 
     found = measure(
         tinymix_bf16,

@@ -46,6 +46,10 @@ run localmix quantize chinese-mixtral
 say "What did it cost? Perplexity on a text the model has never seen; the last column is speed."
 run localmix ppl --set chinese-mixtral --corpus examples/tinymix/heldout.txt --chunks 20
 
+say "As large as Q2_K, but the type of each tensor is chosen for this model. Which of the two is nearer to the original?"
+run localmix quantize tinymix --target 2.66MiB
+run localmix compare tinymix:Q2_K tinymix:2.66MiB --kld tinymix:BF16 --corpus examples/tinymix/heldout.txt --chunks 20
+
 say "And it talks."
 run localmix chat tinymix:Q4_K -p "Where does Wilma live?"
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("types", metavar="TYPE[,TYPE…]", type=TYPES, required=False)
+@click.argument("types", metavar="[TYPE[,TYPE…]]", type=TYPES, required=False)
 @click.argument("model", metavar="[SRC]", type=MODEL, required=False)
 @mixture_options
 @click.option(

@@ -52,6 +52,7 @@ class Machines:
         self._failure: NetworkError | None = None
         self._failed = 0.0
         self._ended = False
+        self._closed = threading.Event()
         self._news = threading.Condition()
 
     def __enter__(self) -> Machines:
@@ -63,6 +64,7 @@ class Machines:
             )
         with ExitStack() as stack:
             stack.enter_context(self._relay)
+            stack.callback(self._closed.set)
             threading.Thread(target=self._listen, daemon=True).start()
             with ThreadPoolExecutor(len(self._endpoints)) as pool:
                 memories = list(pool.map(devices_of, self._endpoints))
@@ -113,7 +115,8 @@ class Machines:
                 elif isinstance(event, Lost):
                     self._fail(event.error)
         except (LocalmixError, worker.WorkerFailure) as error:
-            self._fail(NetworkError(f"The connection to the workers ended: {error}"))
+            if not self._closed.is_set():
+                self._fail(NetworkError(f"The connection to the workers ended: {error}"))
         with self._news:
             self._ended = True
             self._news.notify_all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from localmix.native.devices import PROCESSOR, Placement
 from localmix.presets import load_presets
 from localmix.quantize import quantize
 from localmix.sampling import Sampling
+from localmix.worker import Worker
+from tests import worker_jobs
 from tests.conftest import TINYMIX
 from tests.random_model import write_random_model
 from tests.workers import require_rpc_server
@@ -146,3 +149,22 @@ def test_the_child_that_a_lost_worker_kills_says_so(servers: list[RpcServer], mo
                 list(conversation.ask("Where does Wilma live?"))
     servers[1].stop()
     servers[1].start()
+
+
+def test_leaving_ends_no_other_child(servers: list[RpcServer]) -> None:
+    with Worker(worker_jobs.echo) as other:
+        with Machines(parse_endpoints(str(servers[0].endpoint))) as machines:
+            pass
+        time.sleep(1.3)
+        other.send("x")
+        assert next(other) == "x" and machines.failure is None
+
+
+def test_the_end_of_the_relay_is_a_loss(servers: list[RpcServer], model: Path) -> None:
+    with Machines(parse_endpoints(addresses(servers))) as machines:
+        settings = EngineSettings(context=512, threads=1, placement=placement(machines, (2, 2)))
+        with Engine(model, settings) as engine:
+            list(engine.load())
+            machines._relay.kill()
+            with pytest.raises(NetworkError, match="connection to the workers ended"):
+                list(Conversation(engine, limit=40).ask("Where does Wilma live?"))

@@ -74,6 +74,11 @@ def _relaxed(sizes: Sizes, losses: Losses, limit: int) -> Choice:
 
 def _exchange(sizes: Sizes, losses: Losses, limit: int, chosen: Choice) -> Choice:
     """Change one item, or two at once, for the better until no such change is left."""
+    # one more item that always stays: beside it, another can change alone
+    sizes = np.vstack([sizes, np.zeros_like(sizes[:1])])
+    losses = np.vstack([losses, np.full_like(losses[:1], np.inf)])
+    losses[-1, 0] = 0.0
+    chosen = np.append(chosen, 0)
     items = np.arange(len(sizes))
     all_items, all_options = np.nonzero(np.isfinite(losses))
     while True:
@@ -84,7 +89,7 @@ def _exchange(sizes: Sizes, losses: Losses, limit: int, chosen: Choice) -> Choic
         # an exchange that helps by a rounding error may be undone by the next one
         gain = lost[first] + lost[second]
         if not gain < -1e-12 * float(losses[items, chosen].sum()):
-            return chosen
+            return chosen[:-1]
         for move in (first, second):
             if lost[move] != 0 or grown[move] != 0:
                 chosen[all_items[move]] = all_options[move]

@@ -35,6 +35,18 @@ def loss(losses: np.ndarray, chosen: np.ndarray) -> float:
     return float(losses[np.arange(len(losses)), chosen].sum())
 
 
+@given(st.integers(0, 10**6), st.floats(0, 1))
+def test_one_item_alone_gets_its_best_option_that_fits(seed: int, share: float) -> None:
+    sizes, losses = problem(seed, items=1, options=6)
+    limit = int(sizes.min() + share * (sizes.max() - sizes.min()))
+    chosen = solve(sizes, losses, limit)
+    if chosen is None:
+        assert best_of_all(sizes, losses, limit) == np.inf
+        return
+    assert sizes[0, chosen[0]] <= limit
+    assert loss(losses, chosen) == best_of_all(sizes, losses, limit)
+
+
 @given(st.integers(0, 10**6), st.floats(0.05, 0.95))
 def test_an_answer_keeps_to_the_limit_and_no_exchange_of_two_makes_it_better(seed: int, share: float) -> None:
     sizes, losses = problem(seed, items=5, options=5)

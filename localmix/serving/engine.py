@@ -28,11 +28,14 @@ from localmix.worker import LESS_MEMORY, explain_death, last_words
 # before each new start of an engine that crashed; after these it is given up
 PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)
 STEADY_SECONDS = 600.0  # an engine that lived so long starts counting anew
+# It answers between two computations, each of at most a batch of a prompt, which may take minutes on a small machine.
+PATIENCE_SECONDS = 600.0
 STOP_SECONDS = 1.0
 _LAUNCHER = Path(__file__).with_name("launcher.py")  # Linux only, so it is not imported
 _POLL_SECONDS = 0.05
 _SLOWEST_POLL_SECONDS = 0.5
 _ASK_SECONDS = 5.0
+_LOOK_SECONDS = 10.0
 _KEPT_LINES = 200
 _LINE_BYTES = 8192
 _UNIX_SOCKETS = sys.platform != "win32"
@@ -89,6 +92,7 @@ class Engine:
         write: gets the lines of its log.
         tell: gets what happens to it after the first start.
         pauses: seconds before each new start.
+        patience: seconds after which an engine that answers nothing is ended, and started again.
         blame: asked first why the process ended, from a thread: for what it depends on outside of this machine.
 
     Attributes:
@@ -105,6 +109,7 @@ class Engine:
         write: Callable[[str], None] = lambda line: None,
         tell: Callable[[EngineEvent], None] = lambda event: None,
         pauses: tuple[float, ...] = PAUSES,
+        patience: float = PATIENCE_SECONDS,
         blame: Callable[[], LocalmixError | None] = lambda: None,
     ) -> None:
         self.options = options
@@ -115,6 +120,7 @@ class Engine:
         self._write = write
         self._tell = tell
         self._pauses = pauses
+        self._patience = patience
         self._blame = blame
         self._address = EngineAddress()
         self._process: asyncio.subprocess.Process | None = None
@@ -236,6 +242,12 @@ class Engine:
                 self._ready.set()
                 if again:
                     self._tell(Restarted(self.name))
+                await self._until_hung(ended)
+                if not ended.done():
+                    raise InputError(
+                        f"{self.name}: its llama-server has answered nothing for {self._patience:g} seconds.",
+                        "A grammar or a JSON schema that can be read in very many ways does that.",
+                    )
             status = await ended
         finally:
             await self._end_process()
@@ -302,6 +314,19 @@ class Engine:
         while await self.ask("/health") != 200:
             await asyncio.sleep(pause)
             pause = min(pause * 1.1, _SLOWEST_POLL_SECONDS)
+
+    async def _until_hung(self, ended: asyncio.Task[int]) -> None:
+        """Wait until the process ends, or has answered nothing for too long; /health would not tell."""
+        if any(argument.startswith("--sleep-idle-seconds") for argument in self.options.further):
+            await asyncio.wait((ended,))  # questions would keep it awake
+        while not ended.done():
+            await asyncio.wait((ended,), timeout=_LOOK_SECONDS)
+            try:
+                await asyncio.wait_for(self._ask("/slots"), self._patience)
+            except (TimeoutError, asyncio.TimeoutError):
+                return
+            except (OSError, ValueError):  # it is ending, or this program has too many files open
+                continue
 
     async def ask(self, path: str) -> int:
         """The status that llama-server answers a GET with; 0 where it does not answer."""

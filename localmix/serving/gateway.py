@@ -32,6 +32,7 @@ from localmix.serving.conversations import Conversations
 from localmix.serving.model_names import find_named
 from localmix.serving.policy import Policy, allowed_cors_headers
 from localmix.serving.request_body import read_object
+from localmix.serving.request_limits import check_limits
 
 EngineState = Literal["loading", "ready", "restarting", "failed"]
 End = Literal["done", "client left", "client stalled", "engine lost", "cut"]
@@ -436,6 +437,7 @@ class Gateway:
             raise ApiError(400, "`model` has to be a name.", param="model")
         if not isinstance(asked.get("messages", []), list):  # /v1/messages takes anything for none
             raise ApiError(400, "`messages` has to be a list.", param="messages")
+        check_limits(asked)
         engine = self._find_engine(model, routes.wants_vectors(call.path))
         call.model = engine.name
         _check_ability(engine, call.path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import http.client
+import json
 import os
 import re
 import shutil
@@ -141,6 +142,29 @@ def test_a_crash_is_told_and_repaired_until_there_are_too_many(
     ]
 
 
+def test_what_hangs_is_ended_and_started_again(
+    program: Path, tinymix_bf16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "_LOOK_SECONDS", 0.05)
+    told: list[EngineEvent] = []
+    engine = Engine(program, options(tinymix_bf16), tmp_path, tell=told.append, pauses=(0.05,), patience=1.0)
+    many_ways = {"prompt": "a", "n_predict": 50, "grammar": "root ::= [a-z]{0,1000} a{0,1000}\na ::= [a-z]{0,1000}"}
+
+    async def use(engine: Engine) -> None:
+        await asyncio.sleep(1.5)
+        assert not told, "it answers"
+        _, writer = await asyncio.open_unix_connection(engine.address.socket)
+        body = json.dumps(many_ways).encode()
+        writer.write(b"POST /completion HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        await until(lambda: len(told) == 2)
+        writer.close()
+        assert engine.state == "ready" and await engine.ask("/health") == 200
+
+    run(engine, use)
+    reason = "tinymix: its llama-server has answered nothing for 1 seconds."
+    assert told == [Restarting("tinymix", reason, 1, 1, 0.05), Restarted("tinymix")]
+
+
 def test_what_does_not_start_says_why(program: Path, tinymix_bf16: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.gguf"
     shutil.copy(tinymix_bf16, broken)
@@ -164,7 +188,7 @@ def test_what_does_not_start_says_why(program: Path, tinymix_bf16: Path, tmp_pat
 
 
 def test_a_bug_of_ours_is_raised_and_not_waited_for(program: Path, tinymix_bf16: Path, tmp_path: Path) -> None:
-    engine = Engine(program, options(tinymix_bf16, further=("--no-such",)), tmp_path, blame=lambda: 1 // 0)
+    engine = Engine(program, options(tinymix_bf16, further=("--no-such",)), tmp_path, blame=lambda: 1 // 0)  # type: ignore[arg-type,return-value]
     with pytest.raises(ZeroDivisionError):
         run(engine, nothing)
     assert engine.pid is None

@@ -444,6 +444,54 @@ def test_wrong_types_are_told_with_their_field(front: Front, path: str, change: 
     assert "json.exception" not in answer.error["message"]
 
 
+PATTERN = {"type": "string", "pattern": "(" * 50_000 + "a" + ")" * 50_000}
+PICTURE = {"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/picture.png"}}
+SOURCE = {"type": "image", "source": {"type": "url", "url": "https://a.example/"}}
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        # these end llama-server, or keep it from everybody
+        ({"grammar": "root ::= " + "(" * 40_000 + '"a"' + ")" * 40_000}, "grammar"),
+        (
+            {"grammar": "root ::= r0\n" + "".join(f"r{i} ::= r{i + 1}\n" for i in range(5000)) + "# " * 200_000},
+            "grammar",
+        ),
+        ({"grammar_triggers": [{"type": 99, "value": "("}], "grammar_lazy": True}, "grammar_"),
+        ({"chat_parser": "{}"}, "chat_parser"),
+        ({"json_schema": PATTERN}, "json_schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": PATTERN}}}, "response_format"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": PATTERN}}]}, "tools"),
+        ({"json_schema": {"enum": list(range(6000))}}, "json_schema"),
+        ({"json_schema": {"$defs": {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(6000)}}}, "json_schema"),
+        ({"repeat_last_n": 2**31 - 1}, "repeat_last_n"),
+        ({"dry_penalty_last_n": 2**28}, "dry_penalty_last_n"),
+        ({"top_logprobs": 10**6, "logprobs": True}, "top_logprobs"),
+        ({"prompt": ["a"] * 3000}, "prompt"),
+        ({"stop": [f"z{i}" for i in range(100)]}, "stop"),
+        ({"samplers": "k" * 100}, "samplers"),
+        ({"logit_bias": {str(i): 1 for i in range(20_001)}}, "logit_bias"),
+        ({"messages": [{"role": "user", "content": [PICTURE]}]}, "messages"),
+        ({"messages": [{"role": "user", "content": [SOURCE]}]}, "messages"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "file:///a.png"}]}]}, "input"),
+    ],
+)
+def test_what_one_client_may_not_have(server: Server, change: Any, param: str) -> None:
+    with running_gateway([server], Policy(port=0)) as front:
+        answer = front.ask("POST", "/v1/chat/completions", {**CHAT, **change})
+        assert (answer.status, answer.error["code"]) == (400, "too_much")
+        assert answer.error["param"].startswith(param)
+
+
+def test_what_one_client_may_have(server: Server) -> None:
+    tokens = {"prompt": [5] * 400, "max_tokens": 1, "logit_bias": {str(i): 1 for i in range(2000)}, "n_probs": 100}
+    texts = {"prompt": ["a"] * 20, "max_tokens": 1, "grammar": "root ::= " + "(" * 100 + '"a"' + ")" * 100}
+    with running_gateway([server], Policy(port=0)) as front:
+        for asked in (tokens, texts):
+            assert front.ask("POST", "/v1/completions", asked).status == 200
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_prompt_above_the_context_is_told(front: Front, stream: bool) -> None:
     messages = [{"role": "user", "content": "word " * 3000}]

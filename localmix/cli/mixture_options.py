@@ -143,7 +143,8 @@ def mixture_options(function: Command) -> Command:
         "--types",
         "choice",
         metavar="fast|k|all|TYPE,…",
-        help="With --target: types to choose from. fast: all, and no slower here than K-quants; k: K-quants.",
+        help="With --target: types to choose from. fast: a mixture no slower here than K-quants; k: K-quants; all:"
+        " also those below 2 bits, which without --sensitivity are else taken only where nothing else fits.",
     )
     @functools.wraps(function)
     def wrapped(
@@ -165,10 +166,12 @@ def mixture_options(function: Command) -> Command:
         alone = [name for name, value in given if value]
         if alone and not targets and fit is None:
             raise UsageError(f"{alone[0]} is for a mixture that is chosen.", "Say how large with --target or --fit.")
-        request = Request(
-            Terms(types=_parse_types(choice), minima=tuple(parse_rule(minimum) for minimum in minima)),
-            sensitivity,
+        terms = Terms(
+            types=_parse_types(choice),
+            minima=tuple(parse_rule(minimum) for minimum in minima),
+            least_bits=0.0 if choice == "all" else None,
         )
+        request = Request(terms, sensitivity)
         wanted = dict.fromkeys(parse_target(target) for target in targets)
         wish = MixtureWish(tuple(wanted), fit, request, choice == "fast")
         return function(*args, wish=wish, **others)
@@ -177,7 +180,7 @@ def mixture_options(function: Command) -> Command:
 
 
 def _parse_types(choice: str | None) -> tuple[Any, ...] | None:
-    """`k` or `Q4_K,Q6_K` as tensor types; None for all.
+    """`k` or `Q4_K,Q6_K` as tensor types; None for no choice among them.
 
     Raises:
         UsageError: a type does not exist.

@@ -147,11 +147,21 @@ class Chooser:
             for column, kind in enumerate(kinds):
                 self._losses[row, column] = self._damage(tensor, kind)
                 self._seconds[row, column] = self._time(tensor, kind)
+        self._cautious = self._without_small_types()
         self._candidates = [
             found for preset in presets.presets.values() if (found := self._candidate(preset)) is not None
         ]
         self._candidates.sort(key=lambda candidate: -candidate.rated.bytes)
         self.rated = [candidate.rated for candidate in self._candidates]
+
+    def _without_small_types(self) -> Losses:
+        """What the options lose, without those of fewer than the least bits where every tensor has others."""
+        least = self._freedom.terms.least_bits or 0.0
+        small = np.zeros(self._losses.shape, bool)
+        for row, kinds in enumerate(self._options):
+            small[row, : len(kinds)] = [bits(kind) < least for kind in kinds]
+        losses: Losses = np.where(small, np.inf, self._losses)
+        return losses if small.any() and np.isfinite(losses).any(axis=1).all() else self._losses
 
     def _damage(self, tensor: TensorInfo, kind: TensorType) -> float:
         # a plain type whose error was not asked for is the user's own wish
@@ -221,9 +231,16 @@ class Chooser:
         base = best or (self._candidates[-1] if self._candidates else None)
         name = base.preset.base if base is not None else "Q8_0"
         sizes = self._sizes(target)
-        losses = self._losses if best is None or not freedom.terms.prudent else self._prudent(best)
-        smallest: Choice = np.where(np.isfinite(losses), sizes, np.iinfo(np.int64).max).argmin(axis=1)
-        found = self._make(target, name, sizes, smallest)
+        notes: list[str] = []
+        losses = self._cautious
+        found = self._make(target, name, sizes, _smallest(sizes, losses))
+        if found.counted > limit and losses is not self._losses:
+            losses = self._losses
+            found = self._make(target, name, sizes, _smallest(sizes, losses))
+            notes.append(
+                f"{target.name} needs types of less than {freedom.terms.least_bits:g} bits. What they do depends much"
+                " on the model: measure it with `localmix sensitivity`."
+            )
         if found.counted > limit and best is None:
             raise self._too_small(target, found)
         beside = found.counted - found.free  # known better with each pass: the head tells the types
@@ -241,10 +258,10 @@ class Chooser:
         if best is not None and (found.counted > limit or is_slower or rated.damage > best.rated.damage):
             preset = replace(best.preset, name=target.name)
             plan = freedom.plan(preset)
-            notes = [f"{target.name}: nothing better was found than {best.rated.name} as it is."]
+            notes.append(f"{target.name}: nothing better was found than {best.rated.name} as it is.")
             rated = replace(best.rated, name=target.name)
         else:
-            preset, plan, notes = found.preset, found.plan, []
+            preset, plan = found.preset, found.plan
         counted = target.measure(plan)
         if counted < limit * (1 - WORTH_A_WORD):
             all_best = bool((_taken(losses, found.options) <= losses.min(axis=1)).all())
@@ -284,7 +301,8 @@ class Chooser:
             tensor.name: kinds[option]
             for tensor, kinds, option in zip(freedom.free, self._options, options, strict=True)
         }
-        types = {tensor.name: {**freedom.fixed, **chosen}[tensor.name] for tensor in freedom.quantizable}
+        all_types = {**freedom.fixed, **chosen}
+        types = {tensor.name: all_types[tensor.name] for tensor in freedom.quantizable}
         rules = fold_rules(types)
         patterns = [re.compile(rule.tensor) for rule in rules]
         named = sum(any(pattern.search(tensor.name) for pattern in patterns) for tensor in freedom.source.tensors)
@@ -305,22 +323,13 @@ class Chooser:
         free = int(sizes[np.arange(len(options)), options].sum())
         return _Found(options, types, preset, plan, free, target.measure(plan))
 
-    def _prudent(self, best: _Candidate) -> Losses:
-        """What the options lose, without those of fewer bits than any that a preset gives to a free tensor."""
-        least = min(bits(best.types[tensor.name]) for tensor in self._freedom.free)
-        losses: Losses = self._losses.copy()
-        for row, kinds in enumerate(self._options):
-            for column, kind in enumerate(kinds):
-                if bits(kind) < least:
-                    losses[row, column] = np.inf
-        return losses
-
     def _solve(self, sizes: Sizes, losses: Losses, room: int, best: _Candidate | None, seconds: float) -> Choice | None:
         """Options of the free tensors for so many bytes, and so many seconds of a token."""
         rows = np.arange(len(sizes))
         start = self._options_of(best) if best is not None else None
-        if start is not None and int(sizes[rows, start].sum()) > room:
-            start = None  # by no more than the recipe takes in the head
+        # it has a type that is avoided, or is too large by no more than the recipe takes in the head
+        if start is not None and (np.isinf(_taken(losses, start)).any() or int(sizes[rows, start].sum()) > room):
+            start = None
         if seconds == math.inf:
             return _solve_twice(sizes, losses, room, start)
         fixed = [tensor for tensor in self._freedom.quantizable if tensor.name in self._freedom.fixed]
@@ -361,10 +370,10 @@ class Chooser:
                 f" and {target.name} are left.",
                 "A shorter --ctx or a smaller --kv-type leaves more.",
             )
-        if self._freedom.terms != Terms():
+        if replace(self._freedom.terms, least_bits=None) != Terms():
             hint = "Allow smaller types."
         elif not self._freedom.has_imatrix:
-            hint = "With an importance matrix there are smaller types: `localmix imatrix` makes one."
+            hint = "With an importance matrix (--imatrix) there are smaller types; `localmix imatrix` makes one."
         else:
             hint = "Name a larger one."
         return UsageError(
@@ -376,6 +385,12 @@ def _taken(losses: Losses, options: Choice) -> Losses:
     """What each item loses."""
     taken: Losses = losses[np.arange(len(options)), options]
     return taken
+
+
+def _smallest(sizes: Sizes, losses: Losses) -> Choice:
+    """The smallest option of each item."""
+    options: Choice = np.where(np.isfinite(losses), sizes, np.iinfo(np.int64).max).argmin(axis=1)
+    return options
 
 
 def _solve_twice(sizes: Sizes, losses: Losses, room: int, start: Choice | None) -> Choice | None:

@@ -54,7 +54,8 @@ class Terms:
         minima: tensors that match a pattern get no type of fewer bits than this one; the first match decides.
         rules: types that tensors have by name; they are not chosen.
         output, embedding: types of output.weight and token_embd.weight, likewise.
-        prudent: choose no type of fewer bits than any in the best preset of at most the size.
+        least_bits: types of fewer bits are chosen only where the target is too small for a mixture without them; None
+            for what suits the sensitivities, see `optimizer.optimize`.
     """
 
     types: tuple[TensorType, ...] | None = None
@@ -62,7 +63,7 @@ class Terms:
     rules: tuple[Rule, ...] = ()
     output: TensorType | None = None
     embedding: TensorType | None = None
-    prudent: bool = False
+    least_bits: float | None = None
 
 
 class Freedom:

@@ -133,10 +133,6 @@ class _Call:
     bytes_out: int = 0
     end: End = "done"
 
-    def count_in(self, size: int) -> None:
-        """So much of the body has come."""
-        self.bytes_in += size
-
 
 class Gateway:
     """Listens for clients and carries their requests to the engines.
@@ -156,6 +152,7 @@ class Gateway:
         self._running: set[asyncio.Task[Any]] = set()
         self._conversations = Conversations[Engine](self._stop_conversation, KEPT_SECONDS)
         self._sessions: dict[EngineAddress, aiohttp.ClientSession] = {}
+        self._bodies = 0  # bytes of all that is being asked now
         self._ending = False
         self._cutting = False
 
@@ -251,6 +248,7 @@ class Gateway:
             raise
         finally:
             self._running.discard(task)
+            self._bodies -= call.bytes_in
             connection.end()
             milliseconds = (time.perf_counter() - started) * 1000
             path, client = call.path[:LOGGED_PATH], connection.client()
@@ -444,12 +442,14 @@ class Gateway:
         conversation = call.request.headers.get(CONVERSATION, "")
         if not call.from_page or asked.get("stream") is not True or not _NAME.fullmatch(conversation):
             conversation = ""
+        names = frozenset(asked)
+        del asked  # many times as large as the body, while it waits for its turn
         try:
             if not conversation:
-                return await self._carry(call, engine, body, asked)
+                return await self._carry(call, engine, body, names)
             self._conversations.join(conversation, engine)
             try:
-                return await self._carry(call, engine, body, asked, {CONVERSATION: conversation})
+                return await self._carry(call, engine, body, names, {CONVERSATION: conversation})
             finally:
                 self._conversations.leave(conversation)
         except ApiError as error:
@@ -616,7 +616,20 @@ class Gateway:
         return engine
 
     async def _read_object(self, call: _Call) -> tuple[bytes, dict[str, Any]]:
-        return await read_object(call.request, self._policy, call.count_in)
+        def count(size: int) -> None:
+            call.bytes_in += size
+            self._bodies += size
+            if self._bodies > self._policy.bodies_limit_bytes:
+                raise ApiError(
+                    503,
+                    "Too much is asked at once; try again soon.",
+                    SERVER,
+                    code="too_many_requests",
+                    retry_after=RETRY_SECONDS,
+                    close=True,
+                )
+
+        return await read_object(call.request, self._policy, count)
 
     def _note_refusal(self, client: str, status: int) -> None:
         self._log(Access(client, "", "", status, 0.0, 0, 0, "", "done"))

@@ -28,6 +28,7 @@ class Policy:
         allowed_hosts: further names that a Host header may carry, without a port.
         cors_origins: pages of other origins that may use the API (`https://chat.example`), or `*` for all.
         body_limit_bytes: of one request.
+        bodies_limit_bytes: of all requests that are being answered.
         head_seconds: how long a client may take over a request's head.
         body_seconds: how long it may take over the body.
         idle_seconds: how long a connection is kept between two requests.
@@ -41,6 +42,7 @@ class Policy:
     allowed_hosts: frozenset[str] = frozenset()
     cors_origins: frozenset[str] = frozenset()
     body_limit_bytes: int = 16 << 20
+    bodies_limit_bytes: int = 256 << 20
     head_seconds: float = 15.0
     body_seconds: float = 60.0
     idle_seconds: float = 75.0

@@ -9,6 +9,7 @@ import os
 import secrets
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -27,6 +28,7 @@ DRAIN_SECONDS = 60.0
 _SAID_AFTER_SECONDS = 0.3  # what ends sooner needs no word
 _FOLDER, _LOCK = "localmix-serve-", "lock"
 _SETTLED_SECONDS = 10.0  # a folder that is younger may not have its lock yet
+_OTHER_FILES = 256  # of this program, beside two for each client: its own connection and that to an engine
 _LONGEST_SOCKET = 100  # bytes; the system's structures have room for 104 to 108
 
 
@@ -116,6 +118,7 @@ async def run(
         UsageError: nothing can listen there.
         LocalmixError: an engine does not start, or all of them were given up.
     """
+    allow_files(2 * policy.connections + _OTHER_FILES)
     gateway = Gateway(engines, policy, log)
     try:
         listening = Listening(*await gateway.start())
@@ -170,6 +173,19 @@ def private_folder() -> Iterator[Path]:
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def allow_files(count: int) -> None:
+    """Let this program have so many files open, if the system does: usual limits are 256 and 1024."""
+    if sys.platform == "win32":
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < count:
+        more = count if hard == resource.RLIM_INFINITY else min(count, hard)
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
 
 
 def new_key() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -482,6 +483,22 @@ def test_what_one_client_may_not_have(server: Server, change: Any, param: str) -
         answer = front.ask("POST", "/v1/chat/completions", {**CHAT, **change})
         assert (answer.status, answer.error["code"]) == (400, "too_much")
         assert answer.error["param"].startswith(param)
+
+
+def test_all_bodies_together_have_a_limit(server: Server) -> None:
+    policy = Policy(port=0, body_limit_bytes=100_000, bodies_limit_bytes=150_000)
+    with running_gateway([server], policy) as front:
+        for _ in range(3):  # what was answered counts no more
+            assert front.ask("POST", "/tokenize", {"content": "a" * 80_000}).status == 200
+        head = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 90000\r\n\r\n"
+        with socket.create_connection((front.host, front.port), timeout=10) as waiting:
+            waiting.sendall(head + b"a" * 80_000)
+            time.sleep(0.2)
+            answer = front.ask("POST", "/tokenize", {"content": "a" * 80_000})
+            assert (answer.status, answer.error["code"]) == (503, "too_many_requests")
+            assert answer.headers["Retry-After"]
+        time.sleep(0.2)
+        assert front.ask("POST", "/tokenize", {"content": "a" * 80_000}).status == 200
 
 
 def test_what_one_client_may_have(server: Server) -> None:

@@ -93,6 +93,23 @@ def test_signals_ask_first_and_then_insist() -> None:
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
 
 
+FILES = """
+import resource, sys
+from localmix.serving.service import allow_files
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, min(hard, 512)))
+for count in (300, 100, 100_000):
+    allow_files(count)
+    print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="limits of files")
+def test_as_many_files_as_clients_need_may_be_open() -> None:
+    run = subprocess.run([sys.executable, "-c", FILES], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["300", "300", "512"]
+
+
 @pytest.mark.upstream
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_it_ends_when_every_engine_is_given_up(upstream: Path, tinymix_bf16: Path, short: Path) -> None:

@@ -213,6 +213,7 @@ class Worker:
         self._sent = 0
         self._logged = 0
         self._finished = False
+        self._reason: LocalmixError | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self.result: Any = None
 
@@ -268,6 +269,13 @@ class Worker:
     def kill(self) -> None:
         """End the child where it stands; safe from any thread."""
         self._started().kill()
+
+    def condemn(self, reason: LocalmixError, seconds: float) -> None:
+        """Name what the child dies of, and end it after so long, if it lives on; safe from any thread."""
+        self._reason = reason
+        timer = threading.Timer(seconds, self.kill)
+        timer.daemon = True
+        timer.start()
 
     def cancel(self) -> None:
         """Ask the child to stop what it does for the last message (or for the call, if none was sent)."""
@@ -342,6 +350,8 @@ class Worker:
         process = self._started()
         if process.poll() is None:  # it closed its end without dying
             process.kill()
+        if self._reason is not None:
+            return self._reason
         for explain in death_reasons:
             if (reason := explain()) is not None:
                 return reason

@@ -137,6 +137,17 @@ def test_what_children_depend_on_is_asked_first_why_they_died() -> None:
         worker_module.death_reasons.clear()
 
 
+def test_a_condemned_child_dies_of_the_reason_given() -> None:
+    reason = NetworkError("The cable is out.")
+    for seconds in (0.0, 60.0):
+        with Worker(worker_jobs.echo) as child:
+            child.condemn(reason, seconds)
+            if seconds:
+                child.kill()  # it did not wait for that
+            with pytest.raises(NetworkError, match="cable"):
+                next(child)
+
+
 def test_errors_of_the_function() -> None:
     with pytest.raises(InputError) as caught:
         run(worker_jobs.fail_with, "input")

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 from localmix import worker
-from localmix.distribution.protocol import DeviceMemory, Endpoint, devices_of
+from localmix.distribution.protocol import DeviceMemory, Endpoint, visit
 from localmix.distribution.relay import Listening, Lost, relay
 from localmix.errors import InputError, LocalmixError, NetworkError, UsageError
 from localmix.native.devices import REMOTE, Device, has_rpc_backend
@@ -66,8 +66,9 @@ class Machines:
             stack.enter_context(self._relay)
             stack.callback(self._closed.set)
             threading.Thread(target=self._listen, daemon=True).start()
-            with ThreadPoolExecutor(len(self._endpoints)) as pool:
-                memories = list(pool.map(devices_of, self._endpoints))
+            # all at the same time, or one worker under two names would not be seen
+            with ExitStack() as visits, ThreadPoolExecutor(len(self._endpoints)) as pool:
+                memories = list(pool.map(lambda endpoint: visits.enter_context(visit(endpoint)), self._endpoints))
             with self._news:
                 self._news.wait_for(lambda: self._ports or self._ended)
             if self._failure is not None:
@@ -127,6 +128,4 @@ class Machines:
             self._news.notify_all()
         # most die of it at once; one in the middle of a long step of its own would come to it later
         for child in worker.running - {self._relay}:
-            timer = threading.Timer(_GRACE_SECONDS, child.kill)
-            timer.daemon = True
-            timer.start()
+            child.condemn(error, _GRACE_SECONDS)

@@ -12,6 +12,7 @@ import re
 import socket
 import struct
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from localmix.errors import NetworkError, UsageError
@@ -110,13 +111,20 @@ def devices_of(endpoint: Endpoint) -> tuple[DeviceMemory, ...]:
     Raises:
         NetworkError: it does not answer, is busy, or speaks another version of the protocol.
     """
+    with visit(endpoint) as devices:
+        return devices
+
+
+@contextlib.contextmanager
+def visit(endpoint: Endpoint) -> Iterator[tuple[DeviceMemory, ...]]:
+    """As `devices_of`, and nobody else gets to the worker before this ends."""
     with contextlib.closing(connect(endpoint)) as connection:
         talk = _Talk(endpoint, connection)
         talk.greet()
         (count,) = struct.unpack("<I", talk.ask(DEVICE_COUNT, b"", 4))
         if not 0 < count <= _MOST_DEVICES:
             raise NetworkError(f"The worker {endpoint} says that it has {count} devices.", "Is it ggml-rpc-server?")
-        return tuple(
+        yield tuple(
             DeviceMemory(*MEMORY.unpack(talk.ask(DEVICE_MEMORY, struct.pack("<I", number), MEMORY.size)))
             for number in range(count)
         )
@@ -135,7 +143,8 @@ class _Talk:
         version = GREETING.unpack(answer)[:3]
         if version == BUSY:
             raise NetworkError(
-                f"The worker {self._endpoint} is busy: it serves another client.", "It serves one at a time."
+                f"The worker {self._endpoint} is busy: it serves another client.",
+                "It serves one at a time. Is it the same worker as another one given?",
             )
         if version[0] != VERSION[0] or version[1] > VERSION[1]:
             raise NetworkError(
@@ -160,17 +169,33 @@ class _Talk:
         raise _stranger(self._endpoint)
 
     def _read(self, size: int, end: float) -> bytes:
-        found = b""
-        while len(found) < size:
-            left = end - time.monotonic()
-            if left <= 0:
-                raise TimeoutError
-            self._connection.settimeout(left)
-            piece = self._connection.recv(size - len(found))
-            if not piece:
-                raise _stranger(self._endpoint)
-            found += piece
+        found = receive(self._connection, size, end)
+        if len(found) < size:
+            raise _stranger(self._endpoint)
         return found
+
+
+def receive(connection: socket.socket, size: int, end: float) -> bytes:
+    """So many bytes from the other side, fewer if it says no more; the connection keeps a timeout.
+
+    Args:
+        end: of `time.monotonic()`.
+
+    Raises:
+        TimeoutError: they have not come by then.
+        OSError: the connection failed.
+    """
+    found = b""
+    while len(found) < size:
+        left = end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        connection.settimeout(left)
+        piece = connection.recv(size - len(found))
+        if not piece:
+            break
+        found += piece
+    return found
 
 
 def silent(endpoint: Endpoint) -> NetworkError:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from localmix.capacity.fit import Examiner, Wish
@@ -14,6 +15,7 @@ from localmix.capacity.memory import available
 from localmix.capacity.placement import RESERVE_BYTES
 from localmix.conversation.chat import Conversation, Engine, EngineSettings, Reply
 from localmix.convert import convert
+from localmix.distribution import machines
 from localmix.distribution.machines import Machines
 from localmix.distribution.protocol import parse_endpoints
 from localmix.distribution.rpc_server import RpcServer
@@ -29,7 +31,7 @@ from localmix.worker import Worker
 from tests import worker_jobs
 from tests.conftest import TINYMIX
 from tests.random_model import write_random_model
-from tests.workers import require_rpc_server
+from tests.workers import require_rpc_server, running_worker
 
 MIB = 2**20
 
@@ -55,9 +57,9 @@ def addresses(servers: list[RpcServer]) -> str:
     return ",".join(str(server.endpoint) for server in servers)
 
 
-def placement(machines: Machines, counts: tuple[int, ...]) -> Placement:
-    names = tuple(device.name for device in machines.devices)
-    servers = tuple(device.server for device in machines.devices)
+def placement(workers: Machines, counts: tuple[int, ...]) -> Placement:
+    names = tuple(device.name for device in workers.devices)
+    servers = tuple(device.server for device in workers.devices)
     return Placement(sum(counts), 0, names, servers, counts)
 
 
@@ -69,8 +71,8 @@ def perplexity(child: MeasuringChild, model: Path, where: Placement, repack: boo
 
 
 def test_the_perplexity_is_that_of_this_machine_to_the_last_bit(servers: list[RpcServer], model: Path) -> None:
-    with Machines(parse_endpoints(addresses(servers))) as machines, MeasuringChild() as child:
-        spread = [perplexity(child, model, placement(machines, counts), True) for counts in ((2, 2), (1, 1))]
+    with Machines(parse_endpoints(addresses(servers))) as workers, MeasuringChild() as child:
+        spread = [perplexity(child, model, placement(workers, counts), True) for counts in ((2, 2), (1, 1))]
         alone = perplexity(child, model, PROCESSOR, False)
         reordered = perplexity(child, model, PROCESSOR, True)
     # workers take weights in the order of the file: what lies here is reordered, and sums in another order
@@ -87,8 +89,8 @@ def test_a_greedy_reply_is_the_same(servers: list[RpcServer], model: Path) -> No
             assert isinstance(last, Reply)
             return last.text
 
-    with Machines(parse_endpoints(addresses(servers))) as machines:
-        assert reply(placement(machines, (1, 3))) == reply(PROCESSOR)
+    with Machines(parse_endpoints(addresses(servers))) as workers:
+        assert reply(placement(workers, (1, 3))) == reply(PROCESSOR)
 
 
 def test_workers_take_no_more_than_was_computed(servers: list[RpcServer], tmp_path: Path) -> None:
@@ -107,8 +109,8 @@ def test_workers_take_no_more_than_was_computed(servers: list[RpcServer], tmp_pa
         server.stop()
         server.start()
     before = [peak(server) for server in servers]
-    with Machines(parse_endpoints(addresses(servers))) as machines:
-        wish = Wish(context=4096, remote=machines.devices)
+    with Machines(parse_endpoints(addresses(servers))) as workers:
+        wish = Wish(context=4096, remote=workers.devices)
         fit = Examiner(wish, available()).examine(path)
         assert fit.split.fits and fit.placement.layer_counts == (3, 2) and fit.layers == 5
         settings = EngineSettings(context=4096, threads=1, placement=fit.placement)
@@ -116,7 +118,7 @@ def test_workers_take_no_more_than_was_computed(servers: list[RpcServer], tmp_pa
             for _ in Conversation(engine, limit=2).ask("the " * 300):
                 pass
     taken = [peak(server) - first for server, first in zip(servers, before, strict=True)]
-    for real, device in zip(taken, machines.devices, strict=True):
+    for real, device in zip(taken, workers.devices, strict=True):
         computed = fit.split.devices[device.name]
         assert 0.7 * computed < real < computed + RESERVE_BYTES / 8
 
@@ -128,14 +130,14 @@ def test_nobody_at_one_of_the_addresses(servers: list[RpcServer]) -> None:
     ):
         pass
     # and the one that is there is free again
-    with Machines(parse_endpoints(str(servers[0].endpoint))) as machines:
-        assert [device.title for device in machines.devices] == [str(servers[0].endpoint)]
-        assert machines.failure is None
+    with Machines(parse_endpoints(str(servers[0].endpoint))) as workers:
+        assert [device.title for device in workers.devices] == [str(servers[0].endpoint)]
+        assert workers.failure is None
 
 
 def test_the_child_that_a_lost_worker_kills_says_so(servers: list[RpcServer], model: Path) -> None:
-    with Machines(parse_endpoints(addresses(servers))) as machines:
-        settings = EngineSettings(context=512, threads=1, placement=placement(machines, (2, 2)))
+    with Machines(parse_endpoints(addresses(servers))) as workers:
+        settings = EngineSettings(context=512, threads=1, placement=placement(workers, (2, 2)))
         with Engine(model, settings) as engine:
             list(engine.load())
             assert servers[1]._process is not None
@@ -151,20 +153,52 @@ def test_the_child_that_a_lost_worker_kills_says_so(servers: list[RpcServer], mo
     servers[1].start()
 
 
-def test_leaving_ends_no_other_child(servers: list[RpcServer]) -> None:
-    with Worker(worker_jobs.echo) as other:
-        with Machines(parse_endpoints(str(servers[0].endpoint))) as machines:
+def test_a_worker_that_is_lost_between_two_questions_is_named_however_late(
+    servers: list[RpcServer], model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machines, "_BLAMED_SECONDS", 0.0)
+    monkeypatch.setattr(machines, "_GRACE_SECONDS", 0.0)
+    with Machines(parse_endpoints(str(servers[0].endpoint))) as workers:
+        settings = EngineSettings(context=512, threads=1, placement=placement(workers, (4,)))
+        with Engine(model, settings) as engine:
+            list(engine.load())
+            assert engine.pid is not None
+            child = psutil.Process(engine.pid)
+            servers[0].stop()
+            servers[0].start(servers[0].endpoint.port)
+            while child.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(0.05)
+            conversation = Conversation(engine, limit=8)
+            with pytest.raises(NetworkError, match="was lost: it ended the connection"):
+                list(conversation.ask("Where does Wilma live?"))
+            # it is back
+            *_, last = conversation.ask("Where does Wilma live?")
+            assert isinstance(last, Reply) and last.text
+
+
+def test_one_worker_under_two_names_is_seen(tmp_path: Path) -> None:
+    with running_worker(tmp_path) as (address, _):
+        names = f"{address},localhost:{address.rpartition(':')[2]}"
+        with pytest.raises(NetworkError, match="is busy") as refused, Machines(parse_endpoints(names)):
             pass
-        time.sleep(1.3)
+        assert "same worker" in refused.value.hint
+
+
+def test_leaving_ends_no_other_child(servers: list[RpcServer], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machines, "_GRACE_SECONDS", 0.0)
+    with Worker(worker_jobs.echo) as other:
+        with Machines(parse_endpoints(str(servers[0].endpoint))) as workers:
+            pass
+        time.sleep(0.3)
         other.send("x")
-        assert next(other) == "x" and machines.failure is None
+        assert next(other) == "x" and workers.failure is None
 
 
 def test_the_end_of_the_relay_is_a_loss(servers: list[RpcServer], model: Path) -> None:
-    with Machines(parse_endpoints(addresses(servers))) as machines:
-        settings = EngineSettings(context=512, threads=1, placement=placement(machines, (2, 2)))
+    with Machines(parse_endpoints(addresses(servers))) as workers:
+        settings = EngineSettings(context=512, threads=1, placement=placement(workers, (2, 2)))
         with Engine(model, settings) as engine:
             list(engine.load())
-            machines._relay.kill()
+            workers._relay.kill()
             with pytest.raises(NetworkError, match="connection to the workers ended"):
                 list(Conversation(engine, limit=40).ask("Where does Wilma live?"))

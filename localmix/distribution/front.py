@@ -7,6 +7,7 @@ a word, waits for ever for a client whose machine is gone, and says of the proce
 from __future__ import annotations
 
 import contextlib
+import errno
 import socket
 import threading
 import time
@@ -20,7 +21,9 @@ from localmix.distribution.rpc_server import PROGRAM, RpcServer
 from localmix.errors import FileError, InputError, NetworkError, UsageError
 
 _PIECE_BYTES = 2**18
-_WAITING = 32  # connections that are not served: those that say nothing, and those that are told to come again
+_SILENT = 32  # connections that have not greeted; one more, and the oldest has to go
+_GREETING_BYTES = 256  # of whatever version
+_LARGE_BYTES = 64 * 2**20  # a message that there may not be memory for
 _TURN_SECONDS = 2.0  # a client's next process comes before the end of the one before is seen
 _BUSY_SECONDS = 1.0
 _UNREAD_MILLISECONDS = 10000
@@ -86,7 +89,7 @@ def listen(host: str, port: int) -> socket.socket:
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address[:2], family=family, backlog=_WAITING)
+        return socket.create_server(address, family=family, backlog=_SILENT)
     except socket.gaierror as error:
         raise UsageError(f"There is no address {host!r}.", "Name one of this machine's with --host.") from error
     except OSError as error:
@@ -95,12 +98,9 @@ def listen(host: str, port: int) -> socket.socket:
             raise FileError(
                 f"The system does not let this user listen at {endpoint}.", "Use a port >= 1024."
             ) from error
-        if "assign" in (error.strerror or "").lower():
-            raise UsageError(f"{host} is no address of this machine.", "Name another one with --host.") from error
-        raise FileError(
-            f"{endpoint} is taken by another program: {(error.strerror or str(error)).lower()}.",
-            "Choose another --port.",
-        ) from error
+        if error.errno == errno.EADDRINUSE:
+            raise FileError(f"{endpoint} is taken by another program.", "Choose another --port.") from error
+        raise UsageError(f"{host} is no address of this machine.", "Name another one with --host.") from error
 
 
 class Front:
@@ -121,7 +121,8 @@ class Front:
         self._offered = offered
         self._tell = tell
         self._turn = threading.Lock()
-        self._waiting = threading.BoundedSemaphore(_WAITING)
+        self._silent: dict[socket.socket, None] = {}  # the oldest first
+        self._lock = threading.Lock()  # of these
         self._closed = threading.Event()
 
     def __enter__(self) -> Front:
@@ -131,6 +132,8 @@ class Front:
 
     def __exit__(self, *_: object) -> None:
         self._closed.set()
+        with contextlib.suppress(OSError):  # else the system keeps the port while a thread waits there
+            self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
 
     def _accept(self) -> None:
@@ -141,9 +144,10 @@ class Front:
                 time.sleep(0.01)
                 continue
             client = str(address[0]).removeprefix("::ffff:")
-            if not self._waiting.acquire(blocking=False):
-                connection.close()
-                continue
+            with self._lock:
+                if len(self._silent) >= _SILENT:
+                    _shut(next(iter(self._silent)))
+                self._silent[connection] = None
             threading.Thread(target=self._meet, args=(connection, client), daemon=True).start()
 
     def _meet(self, connection: socket.socket, client: str) -> None:
@@ -153,18 +157,18 @@ class Front:
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 if hasattr(socket, "TCP_USER_TIMEOUT"):  # a client reads at once what it asked for
                     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNREAD_MILLISECONDS)
-                # a connection on which nothing comes is a client's way to see that this machine is there
-                if not connection.recv(1, socket.MSG_PEEK):
-                    return
-                its_turn = self._turn.acquire(timeout=_TURN_SECONDS)
+                greeting = _read_greeting(connection)
             finally:
-                self._waiting.release()
-            if not its_turn:
+                with self._lock:
+                    del self._silent[connection]
+            if not greeting:
+                return
+            if not self._turn.acquire(timeout=_TURN_SECONDS):
                 self._tell(Refused(client))
                 _say_busy(connection)
                 return
             try:
-                _Visit(connection, client, self._server, self._free, self._tell).run()
+                _Visit(connection, client, self._server, self._free, self._tell).run(greeting)
             finally:
                 self._turn.release()
 
@@ -221,7 +225,8 @@ class _Visit:
         self._left = False
         self._reason = ""
 
-    def run(self) -> None:
+    def run(self, greeting: bytes) -> None:
+        """Pass on what comes from both sides, the client's greeting first, until one of them ends."""
         started = time.monotonic()
         try:
             connection = protocol.connect(self._server.endpoint)
@@ -230,7 +235,7 @@ class _Visit:
         with contextlib.closing(connection) as server:
             answers = threading.Thread(target=self._pass_answers, args=(server,), daemon=True)
             answers.start()
-            self._pass_requests(server)
+            self._pass_requests(server, greeting)
             self._left = True
             self._end(server)
             answers.join()
@@ -238,24 +243,28 @@ class _Visit:
             seconds = time.monotonic() - started
             self._tell(Left(self._name, seconds, self._requests.bytes, self._sent, self._reason))
 
-    def _pass_requests(self, server: socket.socket) -> None:
+    def _pass_requests(self, server: socket.socket, greeting: bytes) -> None:
         buffer = memoryview(bytearray(_PIECE_BYTES))
+        buffer[: len(greeting)] = greeting
+        count = len(greeting)
         told = False
-        while True:
+        while count:
             try:
-                count = self._client.recv_into(buffer)
-            except OSError as error:
-                self._lose(error)
+                self._requests.read(buffer[:count])
+            except _TooLargeError as error:
+                self._reason = str(error)
                 return
-            if not count:
-                return
-            self._requests.read(buffer[:count])
             if self._requests.loads and not told:
                 told = True
                 self._tell(Came(self._name))
             try:
                 server.sendall(buffer[:count])
             except OSError:
+                return
+            try:
+                count = self._client.recv_into(buffer)
+            except OSError as error:
+                self._lose(error)
                 return
 
     def _pass_answers(self, server: socket.socket) -> None:
@@ -296,8 +305,11 @@ class _Visit:
 
     def _end(self, server: socket.socket) -> None:
         for connection in (self._client, server):
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
+            _shut(connection)
+
+
+class _TooLargeError(Exception):
+    """A message for which ggml-rpc-server would take more memory than there is; it takes it at once, and fills it."""
 
 
 class _Requests:
@@ -318,7 +330,11 @@ class _Requests:
         self._left = 0
 
     def read(self, data: memoryview) -> None:
-        """Take the next bytes."""
+        """Take the next bytes.
+
+        Raises:
+            _TooLargeError: a message begins that there is no memory for.
+        """
         self.bytes += len(data)
         place = 0
         while place < len(data):
@@ -346,16 +362,36 @@ class _Requests:
             size = 0
         elif command == _ALLOC_BUFFER:
             self.loads = True
+        if size > _LARGE_BYTES and size > (free := memory.available().bytes):
+            raise _TooLargeError(f"it announced a message of {size} bytes, and {free} are free")
         self._left = size
         self._head.clear()
+
+
+def _shut(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+def _read_greeting(connection: socket.socket) -> bytes:
+    """What a client says first; nothing, if it leaves or does not speak this protocol."""
+    # a connection on which nothing comes is a client's way to see that this machine is there
+    first = connection.recv(1)
+    end = time.monotonic() + protocol.PATIENCE_SECONDS
+    head = first + protocol.receive(connection, protocol.HEADER.size - len(first), end) if first else b""
+    if len(head) < protocol.HEADER.size:
+        return b""
+    command, size = protocol.HEADER.unpack(head)
+    if command != protocol.HELLO or size > _GREETING_BYTES:
+        return b""
+    rest = protocol.receive(connection, size, end)
+    connection.settimeout(None)
+    return head + rest if len(rest) == size else b""
 
 
 def _say_busy(connection: socket.socket) -> None:
     """Answer a greeting with a version that no client takes, which ours knows the meaning of."""
     connection.settimeout(_BUSY_SECONDS)
-    greeting = protocol.HEADER.size + protocol.HELLO_BYTES
-    while greeting > 0 and (got := connection.recv(greeting)):
-        greeting -= len(got)
     answer = protocol.GREETING.pack(*protocol.BUSY, 0, bytes(protocol.HELLO_BYTES))
     connection.sendall(protocol.SIZE.pack(len(answer)) + answer)
     connection.shutdown(socket.SHUT_WR)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import socket
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import psutil
 import pytest
@@ -24,7 +23,7 @@ MIB = 2**20
 Fronted = tuple[Endpoint, RpcServer, "queue.Queue[Event]"]
 
 
-@contextmanager
+@contextlib.contextmanager
 def fronted(offered: int | None = None, host: str = "127.0.0.1") -> Iterator[Fronted]:
     events: queue.Queue[Event] = queue.Queue()
     with (
@@ -35,9 +34,12 @@ def fronted(offered: int | None = None, host: str = "127.0.0.1") -> Iterator[Fro
         yield Endpoint(host, listener.getsockname()[1]), server, events
 
 
+GREETING = bytes([14]) + (24).to_bytes(8, "little") + bytes(24)
+
+
 def allocate(connection: socket.socket, size: int) -> None:
     """Greet, and take memory, as a client does that loads a model."""
-    connection.sendall(bytes([14]) + (24).to_bytes(8, "little") + bytes(24))
+    connection.sendall(GREETING)
     assert len(connection.recv(36, socket.MSG_WAITALL)) == 36
     connection.sendall(bytes([0]) + (12).to_bytes(8, "little") + bytes(4) + size.to_bytes(8, "little"))
     assert len(connection.recv(24, socket.MSG_WAITALL)) == 24
@@ -83,10 +85,38 @@ def test_one_client_at_a_time_and_the_next_when_it_is_gone(monkeypatch: pytest.M
 
 def test_who_says_nothing_keeps_nobody_out() -> None:
     with fronted() as (endpoint, _, _):
-        silent = [connect(endpoint) for _ in range(5)]
+        silent = [connect(endpoint) for _ in range(front._SILENT + 8)]
         assert len(devices_of(endpoint)) == 1
+        # the oldest had to go, the youngest are there
+        assert silent[0].recv(1) == b""
+        silent[-1].settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            silent[-1].recv(1)
         for connection in silent:
             connection.close()
+
+
+def test_half_a_greeting_keeps_nobody_out() -> None:
+    with fronted() as (endpoint, _, _), connect(endpoint) as client:
+        client.sendall(GREETING[:20])
+        assert len(devices_of(endpoint)) == 1
+        client.sendall(GREETING[20:])
+        assert len(client.recv(36, socket.MSG_WAITALL)) == 36
+
+
+@pytest.mark.parametrize("size", [2**62, 2**42])
+def test_a_message_that_no_memory_holds_is_not_begun(size: int) -> None:
+    with fronted() as (endpoint, server, events), connect(endpoint) as client:
+        process = server._process
+        allocate(client, MIB)
+        client.sendall(bytes([6]) + size.to_bytes(8, "little") + bytes(1000))
+        with contextlib.suppress(ConnectionResetError):
+            assert client.recv(1) == b""
+        assert events.get(timeout=5) == front.Came("127.0.0.1")
+        left = events.get(timeout=5)
+        assert isinstance(left, front.Left) and f"a message of {size} bytes" in left.reason
+        assert len(devices_of(endpoint)) == 1
+        assert server._process is process and server.alive
 
 
 def test_a_server_that_crashed_runs_again() -> None:
@@ -101,18 +131,23 @@ def test_a_server_that_crashed_runs_again() -> None:
 
 
 def test_nonsense_ends_the_visit_and_nothing_else() -> None:
-    with fronted() as (endpoint, server, _):
-        for nonsense in (b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", bytes(range(256)) * 40, b"\x0e" + b"\xff" * 8):
+    with fronted() as (endpoint, server, events):
+        process = server._process
+        for nonsense in (
+            b"GET / HTTP/1.1\r\nHost: a\r\n\r\n",
+            bytes(range(256)) * 40,
+            b"\x0e" + b"\xff" * 8,
+            GREETING + b"\xff" * 9,
+        ):
             with connect(endpoint) as client:
                 client.settimeout(10)
                 client.sendall(nonsense)
                 client.shutdown(socket.SHUT_WR)
-                while client.recv(1000):
-                    pass
-        deadline = time.monotonic() + 10
-        while not server.alive and time.monotonic() < deadline:
-            time.sleep(0.05)
+                with contextlib.suppress(ConnectionResetError):
+                    while client.recv(1000):
+                        pass
         assert len(devices_of(endpoint)) == 1
+        assert server._process is process and server.alive and events.empty()
 
 
 def test_places_where_nobody_can_listen() -> None:

@@ -67,13 +67,12 @@ class MixtureWish:
     def timed(self, console: Console, threads: int | None) -> MixtureWish:
         """The wish with the speeds of the types on this machine where they count; the first time they are measured."""
         from localmix.measurement.type_speed import measure
-        from localmix.optimization.freedom import TYPES
-        from localmix.tensor_types import FLOAT_TYPES
+        from localmix.tensor_types import ENCODABLE
 
         if not self.fast:
             return self
         with console.progress() as progress:
-            found = measure([*TYPES, *FLOAT_TYPES], threads, progress=progress)
+            found = measure(ENCODABLE, threads, progress=progress)
         if found.busy:
             console.warn(
                 f"Other programs used {found.others:.0%} of the processor while the speeds of the types were measured,"
@@ -194,6 +193,10 @@ def _parse_types(choice: str | None) -> tuple[Any, ...] | None:
     if choice == "k":
         return K_TYPES
     names = [name.strip() for name in str(choice).split(",") if name.strip()]
+    hint = "Write fast, k, all, or types such as Q4_K,Q6_K."
     if not names:
-        raise UsageError("--types names no type.", "Write fast, k, all, or types such as Q4_K,Q6_K.")
-    return tuple(dict.fromkeys(tensor_type(name) for name in names))
+        raise UsageError("--types names no type.", hint)
+    try:
+        return tuple(dict.fromkeys(tensor_type(name) for name in names))
+    except UsageError as error:
+        raise UsageError(error.message, error.hint or hint) from None

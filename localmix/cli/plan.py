@@ -92,6 +92,8 @@ def command(
     model, names = sort_out(words, set_name)
     if wish.is_given and (names or ram is not None):
         raise UsageError("Types, --set and --ram are not for --target and --fit.", "Plan them apart.")
+    if wish.is_given and wish.fit is None and (context is not None or kv_type != "f16"):
+        raise UsageError("A target's size does not depend on --ctx and --kv-type.", "They are for --fit.")
     names = names or list(load_presets().presets)
     room = memory.machine(memory.parse_gigabytes(ram)) if ram else memory.available()
     floor = memory.machine(memory.FLOOR_GB)

@@ -125,7 +125,7 @@ def _draw(console: Console, chosen: Chosen, found: Optimized, markdown: bool) ->
             row.name,
             f"{row.bytes / unit:.2f}",
             number(row.bits_per_weight, 2),
-            f"{row.damage:.4f}",
+            f"{row.damage:.5f}",
             *([f"{(row.seconds or 0) * 1e3:.2f}"] if timed else []),
         )
         for row in rows

@@ -36,7 +36,10 @@ if TYPE_CHECKING:
 @click.argument("model", metavar="[SRC]", type=MODEL, required=False)
 @mixture_options
 @click.option(
-    "--save-recipe", type=FILE, metavar="FILE", help="With --target: write the mixture as a preset for --presets."
+    "--save-recipe",
+    type=FILE,
+    metavar="FILE",
+    help="With --target: write the mixture as a preset for --presets, with --dry-run too.",
 )
 @click.option(
     "--ctx",
@@ -150,6 +153,8 @@ def command(
     from localmix.cli.model_argument import adapted, arriving_model, find_model_of_hub
     from localmix.downloads.arrivals import arriving_name
     from localmix.errors import FileError, UsageError
+    from localmix.optimization.recipe import write_recipes
+    from localmix.output import check_outputs
     from localmix.presentation.table import Column, Table, number, size, size_unit
     from localmix.presets import load_presets, tensor_type
     from localmix.quantize import parse_override, parse_rule, quantize
@@ -196,6 +201,10 @@ def command(
         targets.append(_fit(console, wish, path, remote, adapters, context, kv_type))
     wanted: list[Preset | Target] = [*presets, *targets]
     outputs = [(each, _output(named, None if adapters else remote, output, each.name)) for each in wanted]
+    if save_recipe is not None:
+        read = [*(path.iterdir() if path.is_dir() else [path]), imatrix, presets_file, wish.request.sensitivities]
+        others = [each for _, each in outputs if each.parent.is_dir()]
+        check_outputs([(each, 0) for each in (save_recipe, *others)], [file for file in read if file is not None])
     gains = bool(targets) or any(preset.imatrix != "unused" for preset in presets)
     if imatrix is None and not no_imatrix and remote is None and gains:
         imatrix = library.find_imatrix(named)
@@ -238,8 +247,6 @@ def command(
         library.remember([summary.path for summary in quantized.outputs], source=made_from, repository=repository)
 
     mixtures = [summary for summary in quantized.outputs if summary.mixture is not None]
-    if save_recipe is not None:
-        _save_recipe(save_recipe, mixtures)
     importance = quantized.importance
     if importance is not None:
         told = f"{importance.chunk_count} chunks of {', '.join(importance.datasets)}"
@@ -269,9 +276,12 @@ def command(
             for summary in quantized.outputs
         )
         total = size(sum(summary.bytes for summary in quantized.outputs))
-        done = "planned; nothing was written" if dry_run else f"in {quantized.seconds:.1f} s"
+        planned = f"planned; {'nothing' if save_recipe is None else f'nothing but {save_recipe}'} was written"
+        done = planned if dry_run else f"in {quantized.seconds:.1f} s"
         console.table(Table(columns, rows, f"{total} {done}"))
 
+    if save_recipe is not None:
+        write_recipes(save_recipe, [summary.mixture.preset for summary in mixtures if summary.mixture is not None])
     document = {
         "outputs": [{**vars(summary), "mixture": _document(summary.mixture)} for summary in quantized.outputs],
         "seconds": quantized.seconds,
@@ -339,17 +349,6 @@ def _fit(
     return found.target
 
 
-def _save_recipe(path: Path, mixtures: list[OutputSummary]) -> None:
-    from localmix.errors import InputError
-    from localmix.optimization.recipe import write_recipes
-
-    recipes = [summary.mixture.preset for summary in mixtures if summary.mixture is not None]
-    plain = [preset.name for preset in recipes if preset.recipe is None]
-    if plain:
-        raise InputError(f"{plain[0]} is a preset as it is, so there is no recipe to save.", "Quantize to that preset.")
-    write_recipes(path, recipes)
-
-
 def _tell_mixture(console: Console, summary: OutputSummary) -> None:
     """What a mixture was chosen by, and what it is expected to gain."""
     from localmix.presentation.table import number, size
@@ -357,9 +356,9 @@ def _tell_mixture(console: Console, summary: OutputSummary) -> None:
     mixture = summary.mixture
     assert mixture is not None
     best = mixture.best_preset
-    told = f"{summary.type}: expected divergence {number(mixture.damage, 4)}"
+    told = f"{summary.type}: expected divergence {number(mixture.damage, 5)} nats a token"
     if best is not None:
-        told += f"; the best preset of at most this size, {best.name} ({size(best.bytes)}): {number(best.damage, 4)}"
+        told += f"; the best preset of at most this size, {best.name} ({size(best.bytes)}): {number(best.damage, 5)}"
     console.note(f"{told}. Sensitivities: {mixture.sensitivities}; errors: {mixture.errors}.")
 
 

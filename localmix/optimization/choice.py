@@ -330,7 +330,7 @@ class Chooser:
         # it has a type that is avoided, or is too large by no more than the recipe takes in the head
         if start is not None and (np.isinf(_taken(losses, start)).any() or int(sizes[rows, start].sum()) > room):
             start = None
-        if seconds == math.inf:
+        if seconds == math.inf or not self._seconds.any():
             return _solve_twice(sizes, losses, room, start)
         fixed = [tensor for tensor in self._freedom.quantizable if tensor.name in self._freedom.fixed]
         allowed = seconds - sum(self._time(tensor, self._freedom.fixed[tensor.name]) for tensor in fixed)

@@ -38,7 +38,7 @@ class Fitting:
         """A sentence on what the target leaves room for."""
         name, positions = self.target.name, self.setting.context
         if self.capped:
-            return f"{name}, the size of Q8_0, fits with a context of {positions}; more would gain nothing."
+            return f"{name}, the size of Q8_0, fits with a context of {positions}; more gains hardly anything."
         return (
             f"{name} is the most that fits into {size(self.room.bytes)} ({self.room.limit}): beside the weights, a"
             f" context of {positions} and all else take {size(self.beside)}."
@@ -66,8 +66,8 @@ def largest_target(source: Source, room: Available, setting: Setting) -> Fitting
     hundredths = -(-most * 100 // unit) if capped else left * 100 // unit
     if hundredths <= 0:
         raise CapacityError(
-            f"A context of {setting.context} leaves no room for weights in {room.bytes / 2**30:.1f} GiB"
-            f" ({room.limit}): it takes {beside / 2**30:.1f} GiB.",
+            f"A context of {setting.context} leaves no room for weights in {size(room.bytes)} ({room.limit}): it and"
+            f" all else take {size(beside)}.",
             "Give a shorter one with --ctx, or a smaller cache with --kv-type q8_0.",
         )
     told = f"{hundredths // 100}.{hundredths % 100:02d}"

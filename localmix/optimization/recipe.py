@@ -55,7 +55,7 @@ def describe_rules(rules: Iterable[Rule]) -> str:
 
 
 def encode_recipes(presets: Sequence[Preset]) -> str:
-    """Presets that were chosen for a model as a file that `--presets` reads."""
+    """Presets that were chosen for a model, general ones among them, as a file that `--presets` reads."""
     lines = [
         "# Chosen by localmix for one model: `localmix quantize NAME MODEL --presets FILE` makes the same bytes again",
         "# from the same weights and importance matrix.",
@@ -63,17 +63,25 @@ def encode_recipes(presets: Sequence[Preset]) -> str:
         "presets:",
     ]
     for preset in presets:
-        assert preset.recipe is not None
         lines += [
             f"  {_quoted(preset.name)}:",
             f"    base: {preset.base}",
             f"    imatrix: {preset.imatrix}",
             f"    advice: {_quoted(preset.advice)}",
-            f"    recipe: {{target: {_quoted(preset.recipe.target)}, tensors: {preset.recipe.tensors},"
-            f" sensitivities: {_quoted(preset.recipe.sensitivities)}}}",
-            "    rules:",
-            *(f"      - {{tensor: {_quoted(rule.tensor)}, type: {rule.type.name}}}" for rule in preset.rules),
         ]
+        if preset.recipe is not None:
+            lines.append(
+                f"    recipe: {{target: {_quoted(preset.recipe.target)}, tensors: {preset.recipe.tensors},"
+                f" sensitivities: {_quoted(preset.recipe.sensitivities)}}}"
+            )
+        lines += [
+            f"    {field}: {kind.name}"
+            for field, kind in (("output", preset.output), ("embedding", preset.embedding))
+            if kind is not None
+        ]
+        if preset.rules:
+            lines.append("    rules:")
+        lines += [f"      - {{tensor: {_quoted(rule.tensor)}, type: {rule.type.name}}}" for rule in preset.rules]
     return "\n".join(lines) + "\n"
 
 
@@ -87,5 +95,6 @@ def write_recipes(path: Path, presets: Sequence[Preset]) -> None:
 
 
 def _quoted(text: str) -> str:
-    """A YAML string in single quotes, in which nothing has a meaning but the quote."""
-    return "'" + " ".join(text.split()).replace("'", "''") + "'"
+    """A YAML string in single quotes, in which nothing has a meaning but the quote; YAML has no control characters."""
+    printable = "".join(character if character.isprintable() else " " for character in text)
+    return "'" + " ".join(printable.split()).replace("'", "''") + "'"

@@ -52,13 +52,15 @@ def recipe(name: str, advice: str = "The best.") -> Preset:
 
 
 def test_a_file_of_recipes_reads_back(tmp_path: Path) -> None:
-    presets = [recipe("3.50bpw", 'It\'s the "best"\nof all: {really}'), recipe("12.0GiB")]
+    plain = Preset("4.0GiB", "IQ4_XS", "recommended", "Good.", output=TensorType.Q8_0, embedding=TensorType.Q6_K)
+    presets = [recipe("3.50bpw", 'It\'s the\x1b "best"\nof all: {really}'), recipe("12.0GiB"), plain]
     path = tmp_path / "recipes.yaml"
     write_recipes(path, presets)
     found = load_presets(path)
     assert found.find("3.50BPW").rules == presets[0].rules
     assert found.find("3.50bpw").recipe == presets[0].recipe
     assert found.presets["12.0GiB"] == presets[1]
+    assert found.presets["4.0GiB"] == plain
     assert found.presets["3.50bpw"].advice == 'It\'s the "best" of all: {really}'
 
 

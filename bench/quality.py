@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -44,17 +45,17 @@ from localmix.presets import Curve, Preset, Priors, load_presets
 from localmix.quantize import quantize
 from localmix.sources.base import Source
 from localmix.sources.open import open_source
-from localmix.tensor_types import BLOCKS, FLOAT_TYPES, TensorType
+from localmix.tensor_types import TensorType
 
 TINYMIX = Path(__file__).parent.parent / "examples" / "tinymix"
 PRESETS = ("Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "IQ3_XXS", "Q2_K", "IQ2_S", "IQ2_XS", "IQ2_XXS")
 METHODS = {
     "probes": "class probes",
-    "priors": "shipped priors",
-    "prudent": "shipped priors, no type below the preset's lowest",
+    "layers": "layer probes",
+    "priors": "priors",
+    "free": "priors, all types",
     "alike": "relative error alone",
     "pinned": "class probes, output and token_embd as in the preset",
-    "layers": "probes of each class in each layer",
 }
 
 
@@ -128,12 +129,13 @@ class Bench:
         names = [tensor.name for tensor in self._source.tensors]
         measured = read_measured(model.sensitivities).sensitivities()
         classes = Sensitivities(measured.by_class, origin="class probes")
+        others = shipped_priors(names, without=model.name, priors=priors)
         self._sensitivities = {
             "probes": classes,
             "pinned": classes,
             "layers": measured,
-            "priors": shipped_priors(names, without=model.name, priors=priors),
-            "prudent": shipped_priors(names, without=model.name, priors=priors),
+            "priors": others,
+            "free": others,
             "alike": Sensitivities(dict.fromkeys(measured.by_class, Curve(1, 1)), origin="all tensors alike"),
         }
         self._errors: Errors | None = None
@@ -153,14 +155,13 @@ class Bench:
                 self._measure(f"{key}/{method}", chosen.preset, told)
 
     def _terms(self, preset: Preset, method: str) -> Terms:
+        if method == "priors":  # as `quantize --target` has it
+            return Terms(least_bits=2.0)
+        if method != "pinned":
+            return Terms(least_bits=0.0)
         planned = Planner(self._source).plan(preset, has_imatrix=True).tensors
-        types = {tensor.info.name: tensor.type for tensor in planned if tensor.type not in FLOAT_TYPES}
-        if method == "pinned":
-            return Terms(output=types["output.weight"], embedding=types["token_embd.weight"])
-        if method == "prudent":
-            lowest = min(min(map(_bits, types.values())), _bits(TensorType.Q5_K))  # else nothing smaller is left at all
-            return Terms(types=tuple(kind for kind in TYPES if _bits(kind) >= lowest))
-        return Terms()
+        types = {tensor.info.name: tensor.type for tensor in planned}
+        return Terms(output=types["output.weight"], embedding=types["token_embd.weight"])
 
     def _chooser(self, method: str, terms: Terms) -> Chooser:
         freedom = Freedom(self._source, terms, importance=self._importance)
@@ -172,7 +173,7 @@ class Bench:
         return Chooser(freedom, self._presets, self._errors, self._sensitivities[method])
 
     def _measure(self, key: str, preset: Preset, told: Mapping[str, Any]) -> None:
-        path = self._model.path.with_name("tried.gguf")
+        path = self._model.path.with_name(f"tried-{os.getpid()}.gguf")
         path.unlink(missing_ok=True)
         quantize(self._model.path, [(preset, path)], imatrix=self._model.imatrix)
         found = self._model.reference.measure(path)
@@ -181,11 +182,6 @@ class Bench:
         path.unlink()
         self._results.add(key, row, found.token_divergence)
         print(f"{key}: {row['bytes']:,} bytes, KLD {row['kld']:.5f}", file=sys.stderr, flush=True)
-
-
-def _bits(kind: TensorType) -> float:
-    weights, size = BLOCKS[kind]
-    return 8 * size / weights
 
 
 def totals(model: Model) -> dict[str, Curve]:
@@ -241,7 +237,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where files are made; 60 MB")
     parser.add_argument("--models", type=Path, nargs="*", default=[], help="checkpoints beside tinymix")
-    parser.add_argument("--methods", nargs="*", choices=METHODS, default=["probes", "priors", "alike", "pinned"])
+    parser.add_argument(
+        "--methods", nargs="*", choices=METHODS, default=["probes", "layers", "priors", "alike", "pinned"]
+    )
     parser.add_argument("--threads", type=int, default=2, help="processor threads (default: 2)")
     parser.add_argument("--chunks", type=int, help="of 512 tokens of heldout.txt (default: all)")
     parser.add_argument(

@@ -26,7 +26,11 @@ from localmix.cli.parameters import FILE, MODEL, examples, json_option, threads_
 @click.option(
     "--chunks", type=click.IntRange(min=1), default=32, show_default=True, help="Read so many chunks at most."
 )
-@click.option("--per-layer", is_flag=True, help="Probe each class in each layer, too: so many times longer.")
+@click.option(
+    "--per-layer",
+    is_flag=True,
+    help="Probe each class in each layer, too: better mixtures, for a time that grows with the layers.",
+)
 @click.option("--resume", is_flag=True, help="Go on from what a stopped run left as FILE.partial.")
 @threads_option
 @json_option

@@ -146,7 +146,9 @@ class Front:
             client = str(address[0]).removeprefix("::ffff:")
             with self._lock:
                 if len(self._silent) >= _SILENT:
-                    _shut(next(iter(self._silent)))
+                    oldest = next(iter(self._silent))
+                    del self._silent[oldest]
+                    _shut(oldest)
                 self._silent[connection] = None
             threading.Thread(target=self._meet, args=(connection, client), daemon=True).start()
 
@@ -160,7 +162,7 @@ class Front:
                 greeting = _read_greeting(connection)
             finally:
                 with self._lock:
-                    del self._silent[connection]
+                    self._silent.pop(connection, None)
             if not greeting:
                 return
             if not self._turn.acquire(timeout=_TURN_SECONDS):

@@ -144,7 +144,7 @@ class _Talk:
         if version == BUSY:
             raise NetworkError(
                 f"The worker {self._endpoint} is busy: it serves another client.",
-                "It serves one at a time. Is it the same worker as another one given?",
+                "It serves one at a time. Two names of one worker count as two clients.",
             )
         if version[0] != VERSION[0] or version[1] > VERSION[1]:
             raise NetworkError(

@@ -181,7 +181,7 @@ def test_one_worker_under_two_names_is_seen(tmp_path: Path) -> None:
         names = f"{address},localhost:{address.rpartition(':')[2]}"
         with pytest.raises(NetworkError, match="is busy") as refused, Machines(parse_endpoints(names)):
             pass
-        assert "same worker" in refused.value.hint
+        assert "Two names" in refused.value.hint
 
 
 def test_leaving_ends_no_other_child(servers: list[RpcServer], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -302,6 +301,6 @@ class _Reader:
         return Curve(self.positive(pair[0], where), self.positive(pair[1], where))
 
     def positive(self, value: Any, where: str) -> float:
-        if type(value) not in (int, float) or not 0 < value < math.inf:
+        if type(value) not in (int, float) or not 0 < value < 1e6:  # far more than any is, and no NaN
             raise self.error(where, f"is {str(value)[:40]!r}, not a positive number")
         return float(value)

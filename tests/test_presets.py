@@ -105,6 +105,7 @@ def test_a_missing_file(tmp_path: Path) -> None:
         ("{models: {one: {attn_q: 1}}, errors: {Q2_K: 0.1}}", "attn_q of one is not a list"),
         ("{models: {one: {attn_q: [1]}}, errors: {Q2_K: 0.1}}", "attn_q of one needs two numbers"),
         ("{models: {one: {attn_q: [-1, 1]}}, errors: {Q2_K: 0.1}}", "'-1', not a positive number"),
+        (f"{{models: {{one: {{attn_q: [1{'0' * 400}, 1]}}}}, errors: {{Q2_K: 0.1}}}}", "not a positive number"),
         ("{models: {one: {attn_q: [.nan, 1]}}, errors: {Q2_K: 0.1}}", "'nan', not a positive number"),
         ("{models: {one: {attn_q: [1, 1]}}, errors: {Q2: 0.1}}", "Q2"),
         ("{models: {one: {attn_q: [1, 1]}}, errors: {Q2_K: no}}", "the relative error of Q2_K is 'False'"),

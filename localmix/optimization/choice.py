@@ -213,9 +213,12 @@ class Chooser:
 
         Raises:
             UsageError: the target is below the smallest mixture, or above the model as it is.
+            InputError: nothing of the model can be quantized.
             CapacityError: the machine that it is for is too small for the smallest mixture.
         """
         freedom = self._freedom
+        if not freedom.quantizable:
+            raise InputError("llama.cpp quantizes no tensor of this model: none has columns that fit a type's blocks.")
         if not freedom.free:
             raise UsageError("There is nothing to choose: no tensor of this model is left whose type is not fixed.")
         limit = target.limit(freedom.source.parameters)
@@ -364,16 +367,18 @@ class Chooser:
 
     def _too_small(self, target: Target, smallest: _Found) -> LocalmixError:
         told = target.describe(smallest.counted, self._freedom.source.parameters)
+        more = "With an importance matrix (--imatrix) there are smaller types; `localmix imatrix` makes one."
         if target.room:
+            hint = "A shorter --ctx or a smaller --kv-type leaves more."
             return CapacityError(
                 f"No mixture of this model fits into {target.room}: the smallest has {told},"
                 f" and {target.name} are left.",
-                "A shorter --ctx or a smaller --kv-type leaves more.",
+                hint if self._freedom.has_imatrix else f"{hint} {more}",
             )
         if replace(self._freedom.terms, least_bits=None) != Terms():
             hint = "Allow smaller types."
         elif not self._freedom.has_imatrix:
-            hint = "With an importance matrix (--imatrix) there are smaller types; `localmix imatrix` makes one."
+            hint = more
         else:
             hint = "Name a larger one."
         return UsageError(

@@ -30,6 +30,7 @@ from localmix.tensor_types import TensorType
 KIND, FORMAT = "localmix sensitivities", 1
 # one of 200 layers and all classes, layer by layer, takes 400 KB
 MAX_BYTES = 1 << 24
+_MOST, _STEEPEST = 1e6, 10.0  # far more than any value, and any exponent, is
 
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 _MEASURE = "Measure it again with `localmix sensitivity`."
@@ -309,8 +310,11 @@ def _value(path: Path, where: str, value: Any) -> Value:
     if not isinstance(value, dict) or set(value) != {*names, "tensors"} or type(value["tensors"]) is not int:
         raise _broken(path, f"{where} lacks a field, or has one too many")
     numbers = [value[name] for name in names]
-    if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers) or min(numbers[:2]) <= 0:
-        raise _broken(path, f"{where} holds a value that is no positive number")
+    # NaN is not below the bound either
+    if not all(type(number) in (int, float) and abs(number) < _MOST for number in numbers) or min(numbers[:2]) <= 0:
+        raise _broken(path, f"{where} holds a value that is no positive number below {_MOST:,.0f}")
+    if value["exponent"] > _STEEPEST:
+        raise _broken(path, f"{where} holds an exponent above {_STEEPEST:g}")
     return Value(**value)
 
 

@@ -174,6 +174,18 @@ def test_when_everything_is_fixed_nothing_is_left_to_choose(tinymix: Source) -> 
         fixed.choose(parse_target("3.5bpw"))
 
 
+def test_a_model_without_blocks_is_told(tmp_path: Path) -> None:
+    path = write_random_model(tmp_path / "odd.gguf", hidden=72, feed_forward=72, layers=1, experts=0)
+    with open_source(path) as source, pytest.raises(InputError, match="quantizes no tensor"):
+        chooser(source, with_importance=False).choose(parse_target("16bpw"))
+
+
+def test_where_one_tensor_is_left_it_keeps_to_the_target(tinymix: Source) -> None:
+    terms = Terms(rules=(Rule("blk", TensorType.Q4_K),), output=TensorType.Q6_K)
+    for target in ("4.71bpw", "4.8bpw", "4.9bpw", "5.1bpw"):
+        assert chooser(tinymix, terms).choose(parse_target(target)).plan.bits_per_weight <= float(target[:-3])
+
+
 def test_only_given_types_are_chosen(tinymix: Source) -> None:
     chosen = chooser(tinymix, Terms(types=K_TYPES)).choose(parse_target("4.5bpw"))
     assert {tensor.type for tensor in chosen.plan.tensors} <= {TensorType.F32, *K_TYPES}

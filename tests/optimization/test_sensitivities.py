@@ -137,6 +137,8 @@ def changed(**fields: Any) -> str:
         (changed(classes={"attn_q": vars(VALUE) | {"error": "0"}}), "no positive number"),
         (changed(classes={"attn_q": vars(VALUE) | {"exponent": 0}}), "no positive number"),
         (changed(classes={"attn_q": vars(VALUE) | {"nats": math.inf}}), "it is no JSON"),
+        (changed(classes={"attn_q": vars(VALUE) | {"nats": 10**400}}), "no positive number below"),
+        (changed(classes={"attn_q": vars(VALUE) | {"exponent": 11}}), "an exponent above 10"),
         (changed(by_layer={"attn_q": {"-1": vars(VALUE)}}), "'-1' is no layer"),
         (changed(by_layer={"attn_q": 3}), "its field attn_q"),
     ],

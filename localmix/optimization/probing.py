@@ -124,14 +124,15 @@ def measure(
         progress: (done, in all, what is counted).
 
     Raises:
-        InputError: a file is broken or too short, the model is of a type that is too coarse already, or what is
-            resumed belongs to another run.
+        InputError: a file is broken or too short, the model makes no text or is of a type that is too coarse already,
+            or what is resumed belongs to another run.
         CapacityError: memory or disk do not suffice.
         FileError: the output cannot be written, or another run writes it; found before the work.
     """
     conditions = Conditions(ctx, chunks, threads, placement=PROCESSOR, repack=False)
     with OutputFile(output, 0) as file, MeasuringChild() as child:
         with open_source(model) as source:
+            source.require_generation()
             probes = plan_probes(source, importance, per_layer)
             base = Counter(tensor.type for tensor in source.tensors for _ in range(len(tensor.shape) > 1))
             shape = (source.architecture, source.number("{arch}.block_count"), source.parameters)

@@ -13,6 +13,7 @@ from gguf.quants import dequantize
 
 from localmix import worker
 from localmix.capacity.memory import Available
+from localmix.convert import convert
 from localmix.errors import CapacityError, FileError, InputError
 from localmix.imatrix import collect
 from localmix.importance import load_importance
@@ -31,6 +32,7 @@ from localmix.sources.open import open_source
 from localmix.tensor_types import TensorType, widen
 from tests.commands import CommandLine
 from tests.conftest import TINYMIX
+from tests.model_families import write_model
 from tests.probing_jobs import predictions
 
 CLASSES = {
@@ -205,6 +207,30 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(
     assert min(seen) == 3 * 4
     assert again == measured
     assert not journal_path(output).exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "classes"),
+    [
+        ("deepseek_v2", {"attn_kv_a_mqa", "attn_v_b", "ffn_gate", "ffn_gate_exps", "ffn_down_shexp", "output"}),
+        ("gemma3_text", {"attn_q", "ffn_up", "token_embd"}),  # its embeddings are its output, too
+    ],
+)
+def test_other_architectures_are_measured(
+    family: str, classes: set[str], tmp_path: Path, text: Corpus, cache: Cache
+) -> None:
+    path = tmp_path / "model.gguf"
+    convert(write_model(tmp_path / "checkpoint", family), path)
+    found = measure(path, text, tmp_path / "out.json", ctx=32, chunks=2, threads=1, cache=cache)
+    assert classes <= set(found.classes)
+    assert all(value.nats > 0 for value in found.classes.values())
+
+
+def test_a_model_that_makes_no_text_is_refused(tmp_path: Path, text: Corpus, cache: Cache) -> None:
+    path = tmp_path / "model.gguf"
+    convert(write_model(tmp_path / "checkpoint", "bert"), path)
+    with pytest.raises(InputError):
+        measure(path, text, tmp_path / "out.json", ctx=32, chunks=2, threads=1, cache=cache)
 
 
 def test_what_another_run_left_is_not_gone_on_with(

@@ -253,7 +253,7 @@ class Engine:
             await self._end_process()
             await reading
         reason = await asyncio.to_thread(self._blame)
-        raise reason or explain_end(status, list(self._lines), self.options.model)
+        raise reason or explain_end(status, list(self._lines), self.options.model, answered=self._ready.is_set())
 
     async def _launch(self) -> asyncio.subprocess.Process:
         if not os.access(self._program, os.X_OK):
@@ -378,12 +378,13 @@ _FATAL = re.compile(r"GGML_ASSERT|GGML_ABORT|what\(\):|^terminate called")
 _ARGUMENT = re.compile(r"^error: invalid argument: (.+)|^error while handling argument (.+)|^error: (.+)")
 
 
-def explain_end(status: int, lines: Sequence[str], model: Path) -> LocalmixError:
+def explain_end(status: int, lines: Sequence[str], model: Path, answered: bool = False) -> LocalmixError:
     """Why a llama-server ended that nobody stopped.
 
     Args:
         status: as subprocess gives it: negative for a signal.
         lines: the last ones of its log.
+        answered: whether it had loaded the model, so that its file and the settings are not to blame.
     """
     name, words = model.name, _reason(lines)
     if status in (-signal.SIGTERM, -signal.SIGINT) or not status:
@@ -392,6 +393,10 @@ def explain_end(status: int, lines: Sequence[str], model: Path) -> LocalmixError
         return CapacityError(f"{name}: llama-server was killed, most likely because memory ran out.", LESS_MEMORY)
     if any(phrase in line for line in lines for phrase in NO_MEMORY):
         return CapacityError(f"{name} does not fit into memory: {words}.", LESS_MEMORY)
+    if answered:
+        fatal = next((f": {last_words(line)}" for line in lines if _FATAL.search(line)), "")
+        how = signal.Signals(-status).name if -status in set(signal.Signals) else f"status {status}"
+        return InputError(f"{name}: its llama-server crashed while it answered ({how}{fatal}).", "Its log has more.")
     found = next(filter(None, map(_ARGUMENT.match, lines)), None)
     if found and not found[3]:
         said = f"does not know the argument {found[1]}" if found[1] else f"refuses the argument {found[2]}"

@@ -18,6 +18,7 @@ from localmix.sources.base import Source
 MIB = 2**20
 _CELLS = 256  # llama.cpp rounds a context up to a multiple
 NGRAM_TOKENS = 4
+BATCH = 512  # tokens of a prompt that are computed before anything else is looked at
 
 # A conversation for a model without a template: its texts, one under the other. Chat leaves a system prompt out there;
 # llama-server would put it in front even so.
@@ -118,6 +119,9 @@ class EngineOptions:
             given["--chat-template-file"] = self.template
         if self.longer_key is not None:
             given["--override-kv"] = f"{self.longer_key}=int:{-(-self.context // _CELLS) * _CELLS}"
+        if not self.placement.devices:
+            # As fast as llama-server's 2048 on a processor, and other clients wait for a quarter of the time
+            given["--batch-size"] = BATCH
         flags = ["--offline", *([] if self.repack else ["--no-repack"])]
         if self.embeddings:
             # a text's tokens see each other: they have to be computed at once

@@ -295,3 +295,15 @@ LOADING = "0.00.023.133 E llama_model_load: error loading model: unknown model a
 def test_ends_as_sentences(status: int, lines: list[str], kind: type[LocalmixError], words: str) -> None:
     error = explain_end(status, lines, Path("m.gguf"))
     assert type(error) is kind and error.message == words
+
+
+def test_a_crash_over_a_request_blames_no_file() -> None:
+    lines = ["0.00.1 E parse: unsupported grammar", "sampling.cpp:99: GGML_ASSERT(false) failed"]
+    error = explain_end(-signal.SIGABRT, lines, Path("m.gguf"), answered=True)
+    assert "while it answered (SIGABRT: " in error.message and "GGML_ASSERT(false) failed" in error.message
+    assert "unsupported" not in error.message
+    assert explain_end(-signal.SIGSEGV, [], Path("m.gguf"), answered=True).message == (
+        "m.gguf: its llama-server crashed while it answered (SIGSEGV)."
+    )
+    assert "memory ran out" in explain_end(-signal.SIGKILL, [], Path("m.gguf"), answered=True).message
+    assert "(status 3)" in explain_end(3, [], Path("m.gguf"), answered=True).message

@@ -33,6 +33,13 @@ def test_every_slot_has_the_context() -> None:
     assert arguments["--cache-ram"] == "1024" and arguments["--alias"] == "m:Q4_K_M"
 
 
+def test_long_prompts_are_computed_in_small_batches_where_that_takes_long() -> None:
+    assert given(EngineOptions(Path("m.gguf"), "m", 4096, placement=PROCESSOR))["--batch-size"] == "512"
+    assert "--batch-size" not in given(EngineOptions(Path("m.gguf"), "m", 4096, placement=Placement(9, 0, ("CUDA0",))))
+    vectors = EngineOptions(Path("m.gguf"), "m", 4096, embeddings=True).arguments(SOCKET)
+    assert vectors.count("--batch-size") == 1 and vectors[vectors.index("--batch-size") + 1] == "4096"
+
+
 def test_other_machines_are_named_before_their_devices() -> None:
     where = Placement(5, 0, ("RPC0", "RPC1"), ("127.0.0.1:1", "127.0.0.1:2"), (3, 2))
     arguments = EngineOptions(Path("m.gguf"), "m", 10, placement=where).arguments(SOCKET)

@@ -10,14 +10,13 @@ While it is open, a child of `localmix.worker` that dies because a worker is los
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 from localmix import worker
 from localmix.distribution.protocol import DeviceMemory, Endpoint, visit
-from localmix.distribution.relay import Listening, Lost, relay
+from localmix.distribution.relay import Listening, Lost, Reached, relay
 from localmix.errors import InputError, LocalmixError, NetworkError, UsageError
 from localmix.native.devices import REMOTE, Device, has_rpc_backend
 from localmix.native.library import PINNED_VERSION
@@ -26,8 +25,6 @@ from localmix.native.library import PINNED_VERSION
 _NEWS_SECONDS = 0.5
 # what still computes by itself then is ended after so long
 _GRACE_SECONDS = 1.0
-# a death is put down to a loss that is not longer ago
-_BLAMED_SECONDS = 5.0
 _MOST_DEVICES = 16  # llama_max_devices()
 
 
@@ -49,8 +46,8 @@ class Machines:
         self._stack = ExitStack()
         self._relay = worker.Worker(relay, endpoints)
         self._ports: tuple[int, ...] = ()
-        self._failure: NetworkError | None = None
-        self._failed = 0.0
+        # of workers that have not been reached since; of the relay itself under None
+        self._losses: dict[Endpoint | None, NetworkError] = {}
         self._ended = False
         self._closed = threading.Event()
         self._news = threading.Condition()
@@ -71,8 +68,8 @@ class Machines:
                 memories = list(pool.map(lambda endpoint: visits.enter_context(visit(endpoint)), self._endpoints))
             with self._news:
                 self._news.wait_for(lambda: self._ports or self._ended)
-            if self._failure is not None:
-                raise self._failure
+            if self.failure is not None:
+                raise self.failure
             self.devices = tuple(self._name(memories))
             if len(self.devices) > _MOST_DEVICES:
                 raise UsageError(
@@ -88,9 +85,8 @@ class Machines:
 
     @property
     def failure(self) -> NetworkError | None:
-        """Which worker was lost in the last seconds, and why; None if none was."""
-        recent = time.monotonic() - self._failed < _BLAMED_SECONDS
-        return self._failure if recent else None
+        """Which worker is lost, and why; None if none is, or all were reached again."""
+        return next(iter(self._losses.copy().values()), None)
 
     def explain(self) -> NetworkError | None:
         """As `failure`, for a process that has just died."""
@@ -113,18 +109,20 @@ class Machines:
                     with self._news:
                         self._ports = event.ports
                         self._news.notify_all()
+                elif isinstance(event, Reached):
+                    self._losses.pop(event.endpoint, None)
                 elif isinstance(event, Lost):
-                    self._fail(event.error)
+                    self._fail(event.endpoint, event.error)
         except (LocalmixError, worker.WorkerFailure) as error:
             if not self._closed.is_set():
-                self._fail(NetworkError(f"The connection to the workers ended: {error}"))
+                self._fail(None, NetworkError(f"The connection to the workers ended: {error}"))
         with self._news:
             self._ended = True
             self._news.notify_all()
 
-    def _fail(self, error: NetworkError) -> None:
+    def _fail(self, endpoint: Endpoint | None, error: NetworkError) -> None:
         with self._news:
-            self._failure, self._failed = error, time.monotonic()
+            self._losses[endpoint] = error
             self._news.notify_all()
         # most die of it at once; one in the middle of a long step of its own would come to it later
         for child in worker.running - {self._relay}:

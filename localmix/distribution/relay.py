@@ -33,9 +33,17 @@ class Listening:
 
 
 @dataclass(frozen=True)
+class Reached:
+    """A worker answers llama.cpp."""
+
+    endpoint: Endpoint
+
+
+@dataclass(frozen=True)
 class Lost:
     """A worker is gone while llama.cpp uses it."""
 
+    endpoint: Endpoint
     error: NetworkError
 
 
@@ -116,6 +124,7 @@ class _Passage:
             if not greeted:  # before, it may still have had another client
                 greeted = True
                 worker.settimeout(None)
+                self._channel.emit(Reached(self._endpoint))
                 threading.Thread(target=self._keep_watch, daemon=True).start()
             try:
                 self._engine.sendall(buffer[:count])
@@ -141,7 +150,7 @@ class _Passage:
 
     def _lose(self, error: NetworkError) -> None:
         # told before llama.cpp sees its connection end, which it does not survive
-        self._end(Lost(error))
+        self._end(Lost(self._endpoint, error))
 
     def _end(self, last: Lost | None = None) -> None:
         with self._lock:

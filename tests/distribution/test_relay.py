@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import pytest
 
 from localmix.distribution.protocol import Endpoint
-from localmix.distribution.relay import Listening, Lost, relay
+from localmix.distribution.relay import Listening, Lost, Reached, relay
 from localmix.worker import Worker
 
 
@@ -111,8 +111,9 @@ def test_a_worker_that_ends_the_connection_is_lost(abruptly: bool) -> None:
             worker.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         worker.close()
         assert engine.recv(1) == b""
+        assert next(child) == Reached(far.endpoint)
         lost = next(child)
-        assert isinstance(lost, Lost)
+        assert isinstance(lost, Lost) and lost.endpoint == far.endpoint
         assert lost.error.message == f"The worker {far.endpoint} was lost: it ended the connection."
         watch.close()
 

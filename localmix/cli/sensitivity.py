@@ -111,7 +111,7 @@ def command(
         )
         console.line()
         columns = (
-            Column("Class"),
+            Column("Class", number=False),
             Column("Tensors"),
             Column("Relative error"),
             Column("KLD"),
@@ -130,7 +130,12 @@ def command(
             )
             for kind, value in sorted(measured.classes.items(), key=lambda item: -damages[item[0]])
         )
-        console.table(Table(columns, rows))
+        first = measured.probes.partition(",")[0]
+        caption = (
+            f"Relative error, KLD: of the probe in {first}. KLD at error 0.1: expected when the class loses a tenth of its"
+            " energy; it grows by the relative error to the power of the exponent."
+        )
+        console.table(Table(columns, rows, caption))
 
     document = {
         "path": output,

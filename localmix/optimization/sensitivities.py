@@ -181,7 +181,8 @@ class Measured:
         return Sensitivities(
             {kind: found.curve for kind, found in self.classes.items()},
             {place: found.curve for place, found in self.by_layer.items()},
-            f"measured on {self.model} with {self.chunks} chunks of {self.corpus}",
+            f"measured on {self.model} with {self.chunks} chunks of {self.corpus}"
+            + ("" if self.imatrix else ", without an importance matrix"),
         )
 
 

@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--embedder", metavar="MODEL", help="the model that finds passages (the last)")
     parser.add_argument("--passages", type=int, default=3, metavar="N", help="how many to read (%(default)s)")
     parser.add_argument("--length", type=int, default=300, metavar="N", help="characters of each (%(default)s)")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     try:
         with openai.DefaultHttpxClient(timeout=600) as connection:
             answer_questions(options, connection)

@@ -85,7 +85,7 @@ class Machines:
 
     @property
     def failure(self) -> NetworkError | None:
-        """Which worker is lost, and why; None if none is, or all were reached again."""
+        """Which worker is lost, and why; None if each was reached again since."""
         return next(iter(self._losses.copy().values()), None)
 
     def explain(self) -> NetworkError | None:

@@ -10,7 +10,6 @@ ratio and the median of the ratios counts, so that a slow moment of the machine 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -22,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
-from measure import ROOT, TINYMIX, Pairs, Side
+from side_by_side import ROOT, TINYMIX, Pairs, Side, options, side_of
 
 from localmix.conversation.chat import Engine, EngineSettings, Reply
 from localmix.sampling import Sampling
@@ -119,18 +118,9 @@ def report(found: Sequence[Pairs], first: Sequence[float], side: Side) -> str:
 
 def main() -> None:
     """Measure and write CHAT.md."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeat", type=int, default=7, help="pairs of runs (7)")
-    parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False) or 1)
-    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "chat", help="where 5 GB fit")
-    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "CHAT.md")
+    parser = options(__doc__ or "", "chat", "5 GB", "CHAT.md", repeat=7)
     asked = parser.parse_args()
-    print_dir = [sys.executable, str(ROOT / "vendor/llama.cpp/build.py"), "--print-dir"]
-    tools = Path(subprocess.run(print_dir, capture_output=True, text=True, check=True).stdout.strip())
-    folder = asked.folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    os.environ["LOCALMIX_HOME"] = str(folder / "library")  # the user's own library has no part in this
-    side = Side(folder, tools, asked.threads, asked.repeat)
+    side = side_of(asked)
     large, small = build_models(side)
     found = [row for model in large for row in speed_rows(side, model)]
     text = report(found, first_tokens(side, small), side)

@@ -11,70 +11,15 @@ less. Writes MEASURING.md beside this file.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+from side_by_side import ROOT, TINYMIX, Pairs, Side, options, side_of
 
 from localmix.native.devices import devices
-
-ROOT = Path(__file__).parent.parent
-TINYMIX = ROOT / "examples" / "tinymix"
-
-
-@dataclass
-class Pairs:
-    """One kind of work: what each side took, pair by pair."""
-
-    work: str
-    against: str
-    unit: str
-    theirs: list[float] = field(default_factory=list)
-    ours: list[float] = field(default_factory=list)
-
-    def line(self) -> str:
-        """A row of the table."""
-        ratios = sorted(ours / theirs for ours, theirs in zip(self.ours, self.theirs, strict=True))
-        quarter = len(ratios) // 4
-        return (
-            f"| {self.work} | {self.against} | {statistics.median(self.theirs):.2f} {self.unit}"
-            f" | {statistics.median(self.ours):.2f} {self.unit} | **{statistics.median(ratios):.3f}**"
-            f" | {ratios[quarter]:.3f} to {ratios[-1 - quarter]:.3f} | {len(ratios)} |"
-        )
-
-
-@dataclass(frozen=True)
-class Side:
-    """Where things lie, and how to run them."""
-
-    folder: Path
-    tools: Path
-    threads: int
-    repeat: int
-
-    def run(self, *words: object) -> tuple[str, float, float]:
-        """Run a command: its output, its seconds by the clock, and in processor time with its children's."""
-        out = self.folder / "out.txt"
-        with out.open("wb") as stream, (self.folder / "log.txt").open("wb") as log:
-            started = time.monotonic()
-            process = subprocess.Popen(list(map(str, words)), stdout=stream, stderr=log)
-            _, status, usage = os.wait4(process.pid, 0)
-            seconds = time.monotonic() - started
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode != 0:
-            sys.exit(f"{' '.join(map(str, words))} failed:\n{(self.folder / 'log.txt').read_text()[-3000:]}")
-        return out.read_text(), seconds, usage.ru_utime + usage.ru_stime
-
-    def localmix(self, *words: object) -> tuple[str, float, float]:
-        return self.run(sys.executable, "-m", "localmix", *words)
 
 
 def bench_rows(side: Side, model: Path) -> list[Pairs]:
@@ -183,19 +128,10 @@ def report(found: Sequence[Pairs], side: Side) -> str:
 
 def main() -> None:
     """Run what was asked for and write MEASURING.md."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__ or "", "measure", "a gigabyte or two", "MEASURING.md", repeat=5)
     parser.add_argument("--only", default="", choices=["", "bench", "ppl"], help="one half of it")
-    parser.add_argument("--repeat", type=int, default=5, help="pairs of runs (5)")
-    parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False) or 1)
-    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "measure", help="where 1 GB fits")
-    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "MEASURING.md")
     asked = parser.parse_args()
-    print_dir = [sys.executable, str(ROOT / "vendor/llama.cpp/build.py"), "--print-dir"]
-    tools = Path(subprocess.run(print_dir, capture_output=True, text=True, check=True).stdout.strip())
-    folder = asked.folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    os.environ["LOCALMIX_HOME"] = str(folder / "library")  # the user's own library has no part in this
-    side = Side(folder, tools, asked.threads, asked.repeat)
+    side = side_of(asked)
     found = list(measure(side, asked.only))
     text = report(found, side)
     print(text)

@@ -29,12 +29,11 @@ from pathlib import Path
 import numpy as np
 import platformdirs
 import psutil
+from side_by_side import ROOT, TINYMIX, prepare
 
 from localmix.importance import Entry, Importance, write_importance
 from localmix.sources.open import open_source
 
-ROOT = Path(__file__).parent.parent
-TINYMIX = ROOT / "examples" / "tinymix"
 FOUR_TYPES = ("Q8_0", "Q4_K_M", "Q2_K", "IQ2_XXS")
 GOALS = {
     "BF16": "≤ 0.25 of the time, ≤ 0.08 of the memory; ≤ 2 × cp",
@@ -357,11 +356,7 @@ def main() -> None:
     parser.add_argument("--converter-python", type=Path, help="a Python with torch and transformers")
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "RESULTS.md")
     arguments = parser.parse_args()
-    print_dir = [sys.executable, str(ROOT / "vendor/llama.cpp/build.py"), "--print-dir"]
-    tools = Path(subprocess.run(print_dir, capture_output=True, text=True, check=True).stdout.strip())
-    folder = arguments.folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    os.environ["LOCALMIX_HOME"] = str(folder / "library")  # the user's own library has no part in this
+    folder, tools = prepare(arguments.folder)
     bench = Bench(
         folder,
         tools,

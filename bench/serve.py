@@ -11,9 +11,7 @@ first token and to one request is measured with TinyMix, which answers at once. 
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import platform
 import selectors
 import socket
@@ -29,7 +27,7 @@ from typing import Any
 
 import psutil
 from chat import build_models
-from measure import ROOT, Pairs, Side
+from side_by_side import Pairs, Side, options, side_of
 
 STREAMS, REPLY, CONTEXT = 8, 64, 512
 END = b"0\r\n\r\n"
@@ -234,18 +232,9 @@ def report(rows: list[Pairs], added: list[Pairs], costs: list[float], side: Side
 
 def main() -> None:
     """Measure and write SERVE.md."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeat", type=int, default=9, help="pairs of runs (9)")
-    parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False) or 1)
-    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "chat", help="where 5 GB fit")
-    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "SERVE.md")
+    parser = options(__doc__ or "", "chat", "5 GB", "SERVE.md", repeat=9)
     asked = parser.parse_args()
-    print_dir = [sys.executable, str(ROOT / "vendor/llama.cpp/build.py"), "--print-dir"]
-    tools = Path(subprocess.run(print_dir, capture_output=True, text=True, check=True).stdout.strip())
-    folder = asked.folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    os.environ["LOCALMIX_HOME"] = str(folder / "library")  # the user's own library has no part in this
-    side = Side(folder, tools, asked.threads, asked.repeat)
+    side = side_of(asked)
     (model, _), small = build_models(side)
     rows, costs = throughput(side, model)
     text = report(rows, list(latency(side, small)), costs, side)

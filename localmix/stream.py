@@ -23,7 +23,7 @@ import numpy.typing as npt
 from localmix import __version__
 from localmix.errors import InputError, LocalmixError
 from localmix.importance import Importance
-from localmix.native.kernels import dequantize_rows, quantize_rows
+from localmix.native.kernels import decode_rows, quantize_rows
 from localmix.output import RESUMABLE, OutputFile, check_outputs
 from localmix.plan import Plan, PlannedTensor
 from localmix.sources.base import Source, TensorInfo
@@ -236,7 +236,7 @@ class _SliceWorker:
                 encoded: npt.NDArray[Any] = np.ascontiguousarray(stored)
             else:
                 if wide is None:
-                    wide = _widen(stored, info)
+                    wide = decode_rows(info.type, stored, info.columns)
                 encoded = quantize_rows(tensor.type, wide, self._importance_row(info, part.expert))
                 if tensor.type == TensorType.F16:
                     _check_half(encoded, wide, info, part.start, self.source)
@@ -244,12 +244,6 @@ class _SliceWorker:
             data = encoded.reshape(-1).view(np.uint8).data
             target.files[tensor.part].write(tensor.offset + part.start * row, data)
         return (part.stop - part.start) * info.columns
-
-
-def _widen(stored: npt.NDArray[Any], info: TensorInfo) -> npt.NDArray[np.float32]:
-    if info.type in FLOAT_TYPES:
-        return np.ascontiguousarray(widen(stored, info.type))
-    return dequantize_rows(info.type, np.ascontiguousarray(stored), info.columns)
 
 
 def _check_finite(stored: npt.NDArray[Any], info: TensorInfo, start: int, source: Source) -> None:

@@ -117,6 +117,12 @@ def row_bytes(kind: TensorType, columns: int) -> int:
     return columns // weights * size
 
 
+def bits(kind: TensorType) -> float:
+    """Bits of a weight, scales counted."""
+    weights, size = BLOCKS[kind]
+    return size * 8 / weights
+
+
 def fits(kind: TensorType, columns: int) -> bool:
     """Whether rows of `columns` weights can be cut into whole blocks of this type."""
     return columns % BLOCKS[kind][0] == 0

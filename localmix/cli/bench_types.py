@@ -52,34 +52,27 @@ def _types(words: str) -> list[TensorType]:
     """The types that are meant, each once; all of them from the largest to the smallest."""
     from localmix.errors import UsageError
     from localmix.presets import tensor_type
-    from localmix.tensor_types import ENCODABLE
+    from localmix.tensor_types import ENCODABLE, bits
 
     if words.strip().lower() == ALL:
-        return sorted(ENCODABLE, key=lambda kind: (-_bits(kind), kind))
+        return sorted(ENCODABLE, key=lambda kind: (-bits(kind), kind))
     types = list(dict.fromkeys(tensor_type(word.strip()) for word in words.split(",") if word.strip()))
     if not types:
         raise UsageError("No type was named.", "`localmix bench --types` measures all of them.")
     return types
 
 
-def _bits(kind: TensorType) -> float:
-    from localmix.tensor_types import BLOCKS
-
-    weights, size = BLOCKS[kind]
-    return 8 * size / weights
-
-
 def _table(types: list[TensorType], found: TypeSpeeds) -> Table:
     from localmix.native.weight_ring import COLUMNS, ROWS
     from localmix.presentation.table import Column, Table
-    from localmix.tensor_types import TensorType
+    from localmix.tensor_types import TensorType, bits
 
     base = found.seconds[TensorType.Q4_K]
     records: tuple[dict[str, str | float | None], ...] = tuple(
         {
             "type": kind.name,
-            "bpw": _bits(kind),
-            "gb_per_s": _bits(kind) / 8 / found.seconds[kind] / 1e9,
+            "bpw": bits(kind),
+            "gb_per_s": bits(kind) / 8 / found.seconds[kind] / 1e9,
             "ns_per_1000_weights": 1e12 * found.seconds[kind],
             "against_q4_k": found.seconds[kind] / base,
         }
@@ -95,8 +88,8 @@ def _table(types: list[TensorType], found: TypeSpeeds) -> Table:
     rows = tuple(
         (
             kind.name,
-            f"{_bits(kind):.2f}",
-            f"{_bits(kind) / 8 / found.seconds[kind] / 1e9:.1f}",
+            f"{bits(kind):.2f}",
+            f"{bits(kind) / 8 / found.seconds[kind] / 1e9:.1f}",
             f"{1e12 * found.seconds[kind]:.1f}",
             f"{found.seconds[kind] / base:.2f}",
         )

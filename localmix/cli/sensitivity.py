@@ -132,8 +132,8 @@ def command(
         )
         first = measured.probes.partition(",")[0]
         caption = (
-            f"Relative error, KLD: of the probe in {first}. KLD at error 0.1: expected when the class loses a tenth of its"
-            " energy; it grows by the relative error to the power of the exponent."
+            f"Relative error, KLD: of the probe in {first}. KLD at error 0.1: expected when the class loses a tenth of"
+            " its energy; it grows by the relative error to the power of the exponent."
         )
         console.table(Table(columns, rows, caption))
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from localmix.errors import InputError
 from localmix.native import lanes
 from localmix.native.library import ggml
-from localmix.tensor_types import BLOCKS, TensorType, row_bytes
+from localmix.tensor_types import BLOCKS, FLOAT_TYPES, TensorType, row_bytes, widen
 
 
 @functools.cache
@@ -68,6 +68,13 @@ def dequantize_rows(kind: TensorType, rows: npt.NDArray[np.uint8], columns: int)
     decoded = np.empty((rows.shape[0], columns), np.float32)
     _decoder(kind)(rows.ctypes.data, decoded.ctypes.data, decoded.size)
     return decoded
+
+
+def decode_rows(kind: TensorType, rows: npt.NDArray[Any], columns: int) -> npt.NDArray[np.float32]:
+    """Decode rows of any type, plain or quantized, as a source gives them: float32 `[n, columns]`, C-contiguous."""
+    if kind in FLOAT_TYPES:
+        return np.ascontiguousarray(widen(rows, kind))
+    return dequantize_rows(kind, np.ascontiguousarray(rows), columns)
 
 
 @functools.cache

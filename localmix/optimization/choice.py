@@ -17,7 +17,7 @@ import numpy as np
 
 from localmix.errors import CapacityError, InputError, LocalmixError, UsageError
 from localmix.gguf_format import padded, tensor_bytes
-from localmix.optimization.freedom import K_TYPES, Freedom, Terms, bits
+from localmix.optimization.freedom import K_TYPES, Freedom, Terms
 from localmix.optimization.knapsack import Choice, Losses, Sizes, solve
 from localmix.optimization.recipe import fold_rules
 from localmix.optimization.sampled_error import Errors, can_hold
@@ -25,7 +25,7 @@ from localmix.optimization.target import Target
 from localmix.plan import COPY, Plan
 from localmix.presets import Preset, Presets, Recipe
 from localmix.sources.base import TensorInfo
-from localmix.tensor_types import FLOAT_TYPES, TensorType
+from localmix.tensor_types import FLOAT_TYPES, TensorType, bits
 
 # An output that stays this much below its target is worth a word.
 WORTH_A_WORD = 0.005

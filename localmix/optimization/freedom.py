@@ -15,7 +15,7 @@ from localmix.importance import Importance
 from localmix.plan import Plan, Planner
 from localmix.presets import Preset, Rule
 from localmix.sources.base import Source, TensorInfo
-from localmix.tensor_types import BLOCKS, TensorType
+from localmix.tensor_types import TensorType, bits
 
 # For columns that are no multiple of 256, K-quants fall back to the last four.
 K_TYPES = (
@@ -189,9 +189,3 @@ def _adapt(preset: Preset, terms: Terms) -> Preset:
         output=terms.output or preset.output,
         embedding=terms.embedding or preset.embedding,
     )
-
-
-def bits(kind: TensorType) -> float:
-    """Bits of a weight, scales counted."""
-    weights, size = BLOCKS[kind]
-    return size * 8 / weights

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,16 +30,17 @@ from localmix.measurement.measuring_child import MeasuringChild
 from localmix.measurement.perplexity import ENGINE, Conditions, Layout, Part, ReferenceRows, Tally, cut, decode_chunks
 from localmix.measurement.reference import Cache, StoredReference
 from localmix.native.devices import PROCESSOR, default_threads
-from localmix.native.kernels import dequantize_rows, quantize_rows
+from localmix.native.kernels import decode_rows, dequantize_rows, quantize_rows
 from localmix.native.loaded_weights import LoadedWeights
 from localmix.native.model import Model
+from localmix.optimization.sampled_error import weighted_energy
 from localmix.optimization.sensitivities import Measured, Value, encode, tensor_class, tensor_layer
 from localmix.output import OutputFile, file_error, write_atomically
 from localmix.plan import Planner
 from localmix.presets import Preset
 from localmix.sources.base import Source, TensorInfo
 from localmix.sources.open import open_source
-from localmix.tensor_types import FLOAT_TYPES, TensorType, row_bytes, widen
+from localmix.tensor_types import FLOAT_TYPES, TensorType, row_bytes
 from localmix.worker import Channel, Progress, Report
 
 # Two types far apart, so that chance changes the exponent little; Q2_K stands in for the second where it cannot be.
@@ -55,8 +55,6 @@ BASES = frozenset({*FLOAT_TYPES, TensorType.Q8_0})
 _FIRST, _LAST, FINE = "token_embd", "output", "Q6_K"
 _LEAST_SHARE = 0.1  # of a probe's divergence that is not taken for rounding
 _SLICE = 1 << 20  # weights that a thread holds
-
-Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -420,10 +418,10 @@ class PerturbedModel:
             check()
             start, stop, expert = piece
             row = None if weighted is None else np.ascontiguousarray(weighted[expert])
-            values = _floats(self._source.read(tensor, start, stop), tensor)
+            values = decode_rows(tensor.type, self._source.read(tensor, start, stop), tensor.columns)
             changed = dequantize_rows(kind, quantize_rows(kind, values, row), tensor.columns)
             self._write(tensor, start, quantize_rows(tensor.type, changed, None))
-            return _energy(changed - values, row), _energy(values, row)
+            return weighted_energy(changed - values, row), weighted_energy(values, row)
 
         with ThreadPoolExecutor(self._threads, thread_name_prefix="probe") as pool:
             lost, energy = np.sum(list(pool.map(change, _slices(tensor))), axis=0)
@@ -431,18 +429,6 @@ class PerturbedModel:
 
     def _write(self, tensor: TensorInfo, start: int, rows: npt.NDArray[np.uint8]) -> None:
         self._weights.write(tensor.name, start * row_bytes(tensor.type, tensor.columns), rows)
-
-
-def _floats(stored: npt.NDArray[Any], tensor: TensorInfo) -> Floats:
-    stored = np.ascontiguousarray(stored)
-    if tensor.type in FLOAT_TYPES:
-        return widen(stored, tensor.type)
-    return dequantize_rows(tensor.type, stored, tensor.columns)
-
-
-def _energy(values: Floats, importance: Floats | None) -> float:
-    squares = np.einsum("rc,rc->c", values, values, dtype=np.float64)
-    return float(squares.sum() if importance is None else squares @ importance)
 
 
 def _slices(tensor: TensorInfo) -> Iterator[tuple[int, int, int]]:

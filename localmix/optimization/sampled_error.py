@@ -17,9 +17,9 @@ import numpy.typing as npt
 
 from localmix.errors import InputError
 from localmix.importance import Importance
-from localmix.native.kernels import dequantize_rows, quantize_rows, requires_importance
+from localmix.native.kernels import decode_rows, dequantize_rows, quantize_rows, requires_importance
 from localmix.sources.base import Source, TensorInfo
-from localmix.tensor_types import FLOAT_TYPES, TensorType, fits, widen
+from localmix.tensor_types import TensorType, fits
 
 Floats = npt.NDArray[np.float32]
 Errors = Mapping[str, Mapping[TensorType, float]]
@@ -118,11 +118,12 @@ class _Sample:
     weights: Floats
     importance: Floats | None
 
-    def energy(self, values: Floats) -> float:
-        """Σ h·v² over all rows of `values`, `[rows, columns]`."""
-        squares = np.einsum("rc,rc->c", values, values, dtype=np.float64)
-        # no @: for so few numbers BLAS' threads wait for each other longer than they compute
-        return float(squares.sum() if self.importance is None else (squares * self.importance).sum())
+
+def weighted_energy(values: Floats, importance: Floats | None) -> float:
+    """Σ h·v² over all rows of `values`, `[rows, columns]`, with the importance `[columns]`, or 1 for h."""
+    squares = np.einsum("rc,rc->c", values, values, dtype=np.float64)
+    # no @: for so few numbers BLAS' threads wait for each other longer than they compute
+    return float(squares.sum() if importance is None else (squares * importance).sum())
 
 
 def _errors_of(
@@ -131,7 +132,7 @@ def _errors_of(
     weighted = importance.rows(tensor) if importance is not None else None
     held = [kind for kind in kinds if can_hold(tensor, kind, weighted is not None)]
     samples = _samples(source, tensor, weighted, weights)
-    energy = sum(sample.energy(sample.weights) for sample in samples)
+    energy = sum(weighted_energy(sample.weights, sample.importance) for sample in samples)
     errors: dict[TensorType, float] = {}
     for kind in held:
         lost = sum(_lost(sample, kind) for sample in samples) if kind != tensor.type else 0.0
@@ -146,7 +147,7 @@ def _lost(sample: _Sample, kind: TensorType) -> float:
     encoded = quantize_rows(kind, sample.weights, sample.importance)
     decoded = dequantize_rows(kind, encoded, sample.weights.shape[1])
     np.subtract(decoded, sample.weights, out=decoded)
-    return sample.energy(decoded)
+    return weighted_energy(decoded, sample.importance)
 
 
 def _samples(source: Source, tensor: TensorInfo, importance: Floats | None, weights: int) -> list[_Sample]:
@@ -156,7 +157,8 @@ def _samples(source: Source, tensor: TensorInfo, importance: Floats | None, weig
     for expert, places in enumerate(sampled_rows(tensor, weights)):
         values = np.empty((len(places), tensor.columns), np.float32)
         for number, place in enumerate(places):
-            values[number] = _read_row(source, tensor, expert * of_expert + place)
+            row = expert * of_expert + place
+            values[number] = decode_rows(tensor.type, source.read(tensor, row, row + 1), tensor.columns).reshape(-1)
         if not np.isfinite(values).all():
             row, column = (int(at) for at in np.argwhere(~np.isfinite(values))[0])
             raise InputError(
@@ -167,13 +169,6 @@ def _samples(source: Source, tensor: TensorInfo, importance: Floats | None, weig
         row_importance = None if importance is None else np.ascontiguousarray(importance[expert])
         samples.append(_Sample(values, row_importance))
     return samples
-
-
-def _read_row(source: Source, tensor: TensorInfo, row: int) -> Floats:
-    stored = np.ascontiguousarray(source.read(tensor, row, row + 1))
-    plain = tensor.type in FLOAT_TYPES
-    wide = widen(stored, tensor.type) if plain else dequantize_rows(tensor.type, stored, tensor.columns)
-    return wide.reshape(tensor.columns)
 
 
 def sampled_rows(tensor: TensorInfo, weights: int = SAMPLED_WEIGHTS) -> list[list[int]]:

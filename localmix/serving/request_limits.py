@@ -7,6 +7,7 @@ hang it in spite of these bounds (a grammar that may be read in too many ways) e
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -40,6 +41,14 @@ KEYS = 20_000  # of one object; enough for `logit_bias`
 GRAMMAR_LETTERS, GRAMMAR_GROUPS, GRAMMAR_RULES = 256 << 10, 5000, 10_000
 # OpenAI's API takes as many properties
 SCHEMA_ENTRIES, PATTERN_LETTERS = 5000, 5000
+# Of these llama.cpp counts down from the larger to the smaller past zero, until memory ends.
+LEAST_AND_MOST = (("minLength", "maxLength"), ("minItems", "maxItems"))
+# What a grammar says literally (texts, letters, tokens), and its comments
+_LITERAL = re.compile(r'"(?:\\.|[^"\\])*"?|\[(?:\\.|[^\]\\])*\]?|<[^>]*>?|#[^\r\n]*', re.DOTALL)
+_IN_GRAMMAR = re.compile(r"\{\s*([0-9]+)\s*,\s*([0-9]+)\s*\}")
+_IN_PATTERN = re.compile(r"\\.|\{([^{}]*)\}", re.DOTALL)  # an escaped brace is none
+_REPETITION = re.compile(r"([0-9]*)(?:,([0-9]*))?")
+_DIGITS = 9
 SCHEMAS = ("json_schema", "response_format", "text")  # and each of `tools`
 # How llama-server tells itself what came out of a template. It trusts them: a wrong one ends it.
 INTERNAL = frozenset(
@@ -110,6 +119,8 @@ def _check_grammar(grammar: Any) -> None:
             "grammar",
             f"may have {GRAMMAR_LETTERS:,} letters, {GRAMMAR_RULES:,} rules and {GRAMMAR_GROUPS:,} groups at most",
         )
+    for low, high in _IN_GRAMMAR.findall(_LITERAL.sub("", grammar)):
+        _check_repetition("grammar", low, high)
 
 
 def _check_schema(name: str, schema: Any) -> None:
@@ -117,12 +128,34 @@ def _check_schema(name: str, schema: Any) -> None:
     for node in _nodes(schema):
         if isinstance(node, dict | list):
             entries += len(node)
+        if entries > SCHEMA_ENTRIES:
+            raise _refusal(name, f"holds a schema of more than {SCHEMA_ENTRIES:,} entries")
         if isinstance(node, dict):
             pattern = node.get("pattern")
             if isinstance(pattern, str) and len(pattern) > PATTERN_LETTERS:
                 raise _refusal(name, f"holds a pattern of more than {PATTERN_LETTERS:,} letters")
-    if entries > SCHEMA_ENTRIES:
-        raise _refusal(name, f"holds a schema of more than {SCHEMA_ENTRIES:,} entries")
+            if isinstance(pattern, str):
+                _check_pattern(name, pattern)
+            for least, most in LEAST_AND_MOST:
+                low, high = node.get(least), node.get(most)
+                if isinstance(low, int | float) and isinstance(high, int | float) and low > high:
+                    raise _refusal(name, f"has a {least} above its {most}")
+
+
+def _check_pattern(name: str, pattern: str) -> None:
+    for braces in _IN_PATTERN.finditer(pattern):
+        if braces[1] is None:
+            continue
+        repetition = _REPETITION.fullmatch(braces[1])
+        if repetition is None:  # llama.cpp would take the digits that it begins with
+            raise _refusal(name, "holds a pattern with braces that count nothing; write \\{ for a brace itself")
+        low, high = repetition[1], repetition[2]
+        _check_repetition(name, low or "0", high or low or "0")
+
+
+def _check_repetition(name: str, low: str, high: str) -> None:
+    if max(len(low), len(high)) > _DIGITS or int(low) > int(high):
+        raise _refusal(name, f"repeats something {low[:20]} to {high[:20]} times, which cannot be done")
 
 
 def _check_media(name: str, conversation: Any) -> None:

@@ -465,6 +465,15 @@ SOURCE = {"type": "image", "source": {"type": "url", "url": "https://a.example/"
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": PATTERN}}}, "response_format"),
         ({"tools": [{"type": "function", "function": {"name": "f", "parameters": PATTERN}}]}, "tools"),
         ({"json_schema": {"enum": list(range(6000))}}, "json_schema"),
+        ({"json_schema": {"type": "string", "minLength": 5, "maxLength": 2}}, "json_schema"),
+        ({"json_schema": {"type": "array", "items": {}, "minItems": 5, "maxItems": 2}}, "json_schema"),
+        ({"json_schema": {"type": "string", "pattern": "^a{5,2}$"}}, "json_schema"),
+        ({"json_schema": {"type": "string", "pattern": "^a{+5,2}$"}}, "json_schema"),
+        ({"json_schema": {"type": "string", "pattern": "^a{5,2x}$"}}, "json_schema"),
+        ({"json_schema": {"type": "string", "pattern": "^a{5," + "0" * 30 + "2}$"}}, "json_schema"),
+        ({"grammar": 'root ::= "a"{5,' + "0" * 30 + "2}"}, "grammar"),
+        ({"grammar": 'root ::= <"> "a"{5,2} <">'}, "grammar"),
+        ({"grammar": 'root ::= "#" "a"{5 # "\n,\t2}'}, "grammar"),
         ({"json_schema": {"$defs": {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(6000)}}}, "json_schema"),
         ({"repeat_last_n": 2**31 - 1}, "repeat_last_n"),
         ({"dry_penalty_last_n": 2**28}, "dry_penalty_last_n"),
@@ -503,9 +512,11 @@ def test_all_bodies_together_have_a_limit(server: Server) -> None:
 
 def test_what_one_client_may_have(server: Server) -> None:
     tokens = {"prompt": [5] * 400, "max_tokens": 1, "logit_bias": {str(i): 1 for i in range(2000)}, "n_probs": 100}
-    texts = {"prompt": ["a"] * 20, "max_tokens": 1, "grammar": "root ::= " + "(" * 100 + '"a"' + ")" * 100}
+    texts = {"prompt": ["a"] * 20, "max_tokens": 1, "grammar": "root ::= " + "(" * 100 + '"a"{2,5} "{5,2}"' + ")" * 100}
+    pattern = {"type": "string", "pattern": r"^\{a{2}b{1,3}c{1,}d{,2}\}$"}
+    schema = {"prompt": "a", "max_tokens": 1, "json_schema": pattern}
     with running_gateway([server], Policy(port=0)) as front:
-        for asked in (tokens, texts):
+        for asked in (tokens, texts, schema):
             assert front.ask("POST", "/v1/completions", asked).status == 200
 
 

@@ -58,6 +58,13 @@ def test_no_more_is_told_than_offered() -> None:
         assert devices_of(endpoint)[0].free == 100 * MIB
 
 
+def test_nobody_listens_any_more_when_it_is_closed() -> None:
+    with fronted() as (endpoint, _, _):
+        pass
+    with pytest.raises(NetworkError, match="No worker listens"):
+        connect(endpoint)
+
+
 def test_ipv6() -> None:
     try:
         with fronted(host="::1") as (endpoint, _, _):

@@ -168,24 +168,27 @@ def test_packets_are_lost(library: CommandLine, tmp_path: Path, net: Net) -> Non
     """A chat with a worker, one with llama.cpp's bare program, and a measurement, all cut off at the same time."""
     bare = f"{net.address}:50052"
     server = [str(require_rpc_server()), "--host", net.address, "--port", "50052", "--threads", "1"]
+    text = tmp_path / "long.txt"  # it takes longer than the chats take to begin
+    text.write_text(4 * (TINYMIX / "heldout.txt").read_text("utf-8"), "utf-8")
     far = functools.partial(running_worker, tmp_path, "--insecure-network", host=net.address, prefix=net.far)
     with contextlib.ExitStack() as stack:
         program = stack.enter_context(
             subprocess.Popen([*net.far, *server], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         )
         stack.callback(program.kill)
-        addresses = [stack.enter_context(far())[0] for _ in range(2)]
-        corpus = ("--corpus", str(TINYMIX / "heldout.txt"), "--ctx", "64", "--no-speed", "--threads", "1")
+        (first, _), (second, measured) = (stack.enter_context(far()) for _ in range(2))
+        corpus = ("--corpus", str(text), "--ctx", "64", "--no-speed", "--threads", "1")
         runs = [
-            (addresses[0], start(library, question(addresses[0]), net.near)),
+            (first, start(library, question(first), net.near)),
             (bare, start(library, question(bare), net.near)),
-            (addresses[1], start(library, ["ppl", "tinymix", *corpus, "--rpc", addresses[1]], net.near)),
+            (second, start(library, ["ppl", "tinymix", *corpus, "--rpc", second], net.near)),
         ]
         for _, process in runs:
             stack.enter_context(process)
             stack.callback(process.kill)
         for _, process in runs[:2]:
             assert process.stdout is not None and process.stdout.read(20)
+        assert measured.stdout is not None and json.loads(measured.stdout.readline())["event"] == "came"
         assert runs[2][1].poll() is None
         net.lose_packets()
         began = time.monotonic()

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _report(Interrupted("Stopped."), words)
     except BrokenPipeError:
         # The reader of our output left (`| head`): nothing is wrong, and there is nobody to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
     except LocalmixError as error:
         return _report(error, words)
@@ -109,18 +109,24 @@ def _file_system_error(error: OSError) -> LocalmixError | None:
 
 def _report(error: LocalmixError, words: Sequence[str]) -> int:
     _ignore_signals()
-    import contextlib
-
     from localmix.cli.console import Console
 
     as_json = "--json" in (words[: words.index("--")] if "--" in words else words)
-    with contextlib.suppress(BrokenPipeError):
+    try:
         Console(as_json).error(error)
+        sys.stdout.flush()
+    except OSError:
+        _drop_output()  # stdout is full or gone; stderr has been told first
     if {"-v", "--verbose"} & set(words[:1]):
         import traceback
 
         traceback.print_exception(error)
     return error.exit_code
+
+
+def _drop_output() -> None:
+    """Let what stdout still holds go nowhere: at the exit Python would fail over it again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _report_bug() -> int:

@@ -122,6 +122,16 @@ def test_a_reader_that_leaves_is_no_error(localmix: CommandLine) -> None:
     process.stderr.close()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full: Linux has one")
+@pytest.mark.parametrize("words", [["ls"], ["ls", "--json"], ["info", "fox", "--json"]])
+def test_output_that_has_no_room_is_one_sentence(localmix: CommandLine, words: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        process = localmix.popen(*words, stdout=full)
+        _, err = process.communicate(timeout=30)
+    assert (process.returncode, err.splitlines()[0]) == (4, "Error: The disk is full: there is no room.")
+    assert len(err.splitlines()) == 2
+
+
 def _wait_for_main(process: subprocess.Popen[str]) -> None:
     """Until SIGTERM is caught: before, on a busy machine for long, signals are Python's own affair."""
     status = Path(f"/proc/{process.pid}/status")

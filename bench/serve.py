@@ -209,7 +209,7 @@ def report(rows: list[Pairs], added: list[Pairs], costs: list[float], side: Side
     lines = [
         "# localmix serve beside a llama-server started by hand",
         "",
-        f"Through `localmix serve`, and with a llama-server with the same arguments, {side.threads} threads each, in"
+        f"Through `localmix serve`, and with a llama-server with the same arguments, --threads {side.threads}, in"
         " turns; the median of the ratios counts, and the middle half of them shows the noise. `python bench/serve.py`"
         " measures it again.",
         "",

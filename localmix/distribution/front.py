@@ -31,6 +31,7 @@ _UNREAD_MILLISECONDS = 10000
 _PAUSES = (0.0, 1.0, 2.0, 4.0, 8.0)
 _STEADY_SECONDS = 600.0  # one that lived so long starts counting anew
 _ALLOC_BUFFER, _DEVICE_BYTES = 0, 4
+_WATCH = protocol.HEADER.pack(protocol.WATCH, 0)
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,9 @@ class Front:
                 if hasattr(socket, "TCP_USER_TIMEOUT"):  # a client reads at once what it asked for
                     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNREAD_MILLISECONDS)
                 greeting = _read_greeting(connection)
+                if greeting == _WATCH:
+                    self._beat(connection)
+                    return
             finally:
                 with self._lock:
                     self._silent.pop(connection, None)
@@ -173,6 +177,14 @@ class Front:
                 _Visit(connection, client, self._server, self._free, self._tell).run(greeting)
             finally:
                 self._turn.release()
+
+    def _beat(self, connection: socket.socket) -> None:
+        """Tell a client that this worker runs, each time that it asks, until it is gone."""
+        connection.settimeout(None)
+        while True:
+            connection.sendall(protocol.STOPPED if self._server.stopped else protocol.RUNS)
+            if not connection.recv(1):
+                return
 
     def _free(self, device: int, free: int) -> int:
         """What a client is told of a device's free memory."""
@@ -377,13 +389,15 @@ def _shut(connection: socket.socket) -> None:
 
 def _read_greeting(connection: socket.socket) -> bytes:
     """What a client says first; nothing, if it leaves or does not speak this protocol."""
-    # a connection on which nothing comes is a client's way to see that this machine is there
+    # older clients see by a connection on which nothing comes that this machine is there
     first = connection.recv(1)
     end = time.monotonic() + protocol.PATIENCE_SECONDS
     head = first + protocol.receive(connection, protocol.HEADER.size - len(first), end) if first else b""
     if len(head) < protocol.HEADER.size:
         return b""
     command, size = protocol.HEADER.unpack(head)
+    if head == _WATCH:
+        return head
     if command != protocol.HELLO or size > _GREETING_BYTES:
         return b""
     rest = protocol.receive(connection, size, end)

@@ -30,6 +30,11 @@ GREETING = struct.Struct("<4B24s")
 MEMORY = struct.Struct("<QQ")
 # what `localmix worker` answers to a second client: a version that no llama.cpp has, so that each refuses it
 BUSY = (0, 0, 1)
+# No command of llama.cpp's. `localmix worker` answers it, and each byte that follows, with a byte that says how the
+# ggml-rpc-server behind it fares. Older ones end the connection, and ggml-rpc-server leaves it in its queue.
+WATCH = 255
+AGAIN = b"?"
+RUNS, STOPPED = b"r", b"s"
 
 _MOST_DEVICES = 64
 

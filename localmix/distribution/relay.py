@@ -5,7 +5,8 @@ server does, and it knows neither IPv6 nor a second address of a name. So llama.
 loopback, and this child talks to the workers. A worker is lost when it closes the connection, or when its machine
 no longer answers the system's probes. Those cannot see a machine that is gone while data is on its way to it, and a
 limit on unanswered data would give up a worker that computes and therefore does not read. So beside each connection
-there is a second one, on which nothing is ever sent: it waits in the worker's queue, and is probed there.
+there is a second one. `localmix worker` is asked there each second whether it runs, and lost when it falls silent,
+as one that is stopped does while its machine answers; in the queue of any other server the connection is only probed.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from localmix.worker import Channel
 
 _PIECE_BYTES = 2**18
 _RETRY_SECONDS = 1.0
+_BEAT_SECONDS = 1.0
+_SILENCE_SECONDS = 8.0
+_STOPPED_BEATS = 5  # a stop that lasts no longer is none
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,7 @@ class _Passage:
                 return
 
     def _keep_watch(self) -> None:
+        beats = True
         while not self._ended.is_set():
             # without a place in its queue the worker is only watched while nothing is on its way there
             with contextlib.suppress(NetworkError), contextlib.closing(protocol.connect(self._endpoint)) as watch:
@@ -140,13 +145,32 @@ class _Passage:
                     self._watch = watch
                 try:
                     if not self._ended.is_set():
-                        watch.recv(1)
+                        beats = self._listen(watch, beats)
+                except (ConnectionResetError, BrokenPipeError):  # the other connection will tell, if it means anything
+                    pass
                 except OSError as error:
                     self._lose(_lost(self._endpoint, error))
                 finally:
                     with self._lock:
                         self._watch = None
             self._ended.wait(_RETRY_SECONDS)
+
+    def _listen(self, watch: socket.socket, beats: bool) -> bool:
+        """Wait for the end of the second connection, or of the worker; whether it may be asked for beats again."""
+        if beats:
+            watch.sendall(protocol.HEADER.pack(protocol.WATCH, 0))
+            beats = False
+        stopped = 0
+        while beat := watch.recv(1):
+            beats = True
+            stopped = stopped + 1 if beat == protocol.STOPPED else 0
+            if stopped > _STOPPED_BEATS:
+                self._lose(_lost(self._endpoint, "its ggml-rpc-server is stopped"))
+            if self._ended.wait(_BEAT_SECONDS):
+                break
+            watch.settimeout(_SILENCE_SECONDS)
+            watch.sendall(protocol.AGAIN)
+        return beats
 
     def _lose(self, error: NetworkError) -> None:
         # told before llama.cpp sees its connection end, which it does not survive
@@ -165,12 +189,14 @@ class _Passage:
                         connection.shutdown(socket.SHUT_RDWR)
 
 
-def _lost(endpoint: Endpoint, error: OSError | None) -> NetworkError:
-    """The error for a worker that is gone in the middle of its work; without an `OSError` it said goodbye."""
-    if error is None or isinstance(error, (ConnectionResetError, BrokenPipeError)):
+def _lost(endpoint: Endpoint, error: OSError | str | None) -> NetworkError:
+    """The error for a worker that is gone in the middle of its work; without a reason it said goodbye."""
+    if isinstance(error, str):
+        reason = error
+    elif error is None or isinstance(error, (ConnectionResetError, BrokenPipeError)):
         reason = "it ended the connection"
     elif isinstance(error, TimeoutError):
-        reason = "its machine does not answer any more"
+        reason = "it does not answer any more"
     else:
         reason = (error.strerror or str(error)).lower()
     return NetworkError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -14,6 +15,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from localmix.distribution.protocol import Endpoint, devices_of
 from localmix.errors import InputError, NetworkError
@@ -104,6 +107,13 @@ class RpcServer:
     def alive(self) -> bool:
         """Whether the process runs."""
         return self._process is not None and self._process.poll() is None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the process was told to stop for a while, as with `kill -STOP`."""
+        with contextlib.suppress(psutil.Error):
+            return self._process is not None and psutil.Process(self._process.pid).status() == psutil.STATUS_STOPPED
+        return False
 
     def ends(self) -> bool:
         """Whether the process is gone, or about to be."""

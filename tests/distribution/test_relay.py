@@ -16,6 +16,8 @@ from localmix.distribution.protocol import Endpoint
 from localmix.distribution.relay import Listening, Lost, Reached, relay
 from localmix.worker import Worker
 
+WATCH = bytes([255]) + bytes(8)
+
 
 class Far:
     """A server at the far end, which a test plays."""
@@ -106,7 +108,7 @@ def test_a_worker_that_ends_the_connection_is_lost(abruptly: bool) -> None:
         worker = far.accept()
         worker.sendall(b"hello")
         assert read(engine, 5) == b"hello"
-        watch = far.accept()  # the second connection, which says nothing
+        watch = far.accept()  # the second connection, which only listens
         if abruptly:
             worker.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         worker.close()
@@ -137,6 +139,41 @@ def test_a_second_connection_that_the_worker_ends_means_nothing() -> None:
         worker.sendall(b"b")
         assert read(engine, 1) == b"b"
         again.close()
+
+
+def test_an_older_worker_is_not_asked_for_beats_again() -> None:
+    far = Far()
+    with relayed(far) as (_, (port,)), near(port) as engine, far.accept() as worker:
+        worker.sendall(b"a")
+        assert read(engine, 1) == b"a"
+        with far.accept() as watch:
+            assert read(watch, 9) == WATCH
+        with far.accept() as watch:
+            watch.settimeout(0.5)
+            with pytest.raises(TimeoutError):
+                watch.recv(1)
+            worker.sendall(b"b")
+            assert read(engine, 1) == b"b"
+
+
+def test_a_worker_that_says_it_is_stopped_is_lost() -> None:
+    far = Far()
+    with relayed(far) as (child, (port,)), near(port) as engine, far.accept() as worker:
+        worker.sendall(b"a")
+        assert read(engine, 1) == b"a"
+        with far.accept() as watch:
+            assert read(watch, 9) == WATCH
+            watch.sendall(b"r")
+            assert read(watch, 1) == b"?"
+        # one that answered before is asked again
+        watch = far.accept()
+        assert read(watch, 9) == WATCH
+        watch.sendall(6 * b"s")
+        assert engine.recv(1) == b""
+        assert next(child) == Reached(far.endpoint)
+        lost = next(child)
+        assert isinstance(lost, Lost) and lost.error.message.endswith("was lost: its ggml-rpc-server is stopped.")
+        watch.close()
 
 
 def test_the_relay_ends_with_its_parent() -> None:

@@ -12,6 +12,7 @@ import http.client
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -150,13 +151,30 @@ def test_chat_when_only_the_program_behind_a_worker_dies(library: CommandLine, t
         library("chat", "tinymix", "-p", "Hello", "--max-tokens", "2", "--threads", "1", "--rpc", f"{first},{second}")
 
 
+def test_chat_when_a_worker_is_stopped_and_goes_on(library: CommandLine, tmp_path: Path) -> None:
+    """One as a whole, of another the program behind it."""
+    with running_worker(tmp_path) as (whole, worker), running_worker(tmp_path) as (half, other):
+        behind = subprocess.run(["pgrep", "-P", str(other.pid)], capture_output=True, text=True, check=True)
+        for address, stopped, words in (
+            (whole, worker.pid, "it does not answer any more"),
+            (half, int(behind.stdout.split()[0]), "its ggml-rpc-server is stopped"),
+        ):
+            stop = functools.partial(os.kill, stopped, signal.SIGSTOP)
+            try:
+                took = end_after(start(library, question(address)), stop, address, words)
+            finally:
+                os.kill(stopped, signal.SIGCONT)
+            assert took > 4  # a shorter stop is none
+            library("chat", "tinymix", "-p", "Hello", "--max-tokens", "2", "--threads", "1", "--rpc", address)
+
+
 def test_a_cable_is_pulled(library: CommandLine, tmp_path: Path, net: Net) -> None:
     with (
         running_worker(tmp_path, prefix=net.near) as (first, _),
         running_worker(tmp_path, "--insecure-network", host=net.address, prefix=net.far) as (second, worker),
     ):
         process = start(library, question(f"{first},{second}"), net.near)
-        end_after(process, net.cut_link, second, "its machine does not answer any more")
+        end_after(process, net.cut_link, second, "it does not answer any more")
         # the worker sees it too, and is free for the next client
         assert worker.stdout is not None
         assert json.loads(worker.stdout.readline())["event"] == "came"
@@ -195,7 +213,7 @@ def test_packets_are_lost(library: CommandLine, tmp_path: Path, net: Net) -> Non
         for address, process in runs:
             _, err = process.communicate(timeout=3 * LIMIT_SECONDS)
             assert process.returncode == 6, err.decode()
-            assert f"The worker {address} was lost: its machine does not answer any more." in err.decode()
+            assert f"The worker {address} was lost: it does not answer any more." in err.decode()
             assert time.monotonic() - began < LIMIT_SECONDS
 
 

@@ -22,7 +22,8 @@ import pytest
 
 from localmix.presets import load_presets
 from localmix.quantize import quantize
-from localmix.serving.gateway import Access, EngineAddress, EngineState, Gateway
+from localmix.serving.engine_client import EngineAddress, EngineState
+from localmix.serving.gateway import Access, Gateway
 from localmix.serving.policy import Policy
 
 SLOTS = 4

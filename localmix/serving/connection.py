@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from aiohttp import web
 from aiohttp.http_exceptions import BadHttpMessage, LineTooLong
@@ -19,12 +18,23 @@ HEADER_BYTES, HEADERS = 16384, 100
 LINGER_SECONDS = 1.0
 # what the kernel holds for a client that does not read: a stream shows soon that nobody follows it
 SEND_BUFFER_BYTES = 65536
-# above what the gateway writes before it looks how much is left, so that no write of aiohttp's waits for ever
-WRITE_LIMIT_BYTES = 512 << 10
-# more than this unsent, and the engine has to wait for the client, who is looked at so often
-UNSENT_BYTES, LOOK_SECONDS = 65536, 0.25
+# more than this beyond it, and whoever writes has to wait
+UNSENT_BYTES = 65536
 
 _bugs = logging.getLogger("localmix.serving")
+
+
+class Follower(Protocol):
+    """Who writes to a client beside aiohttp."""
+
+    def pause(self) -> None:
+        """Too much is unread."""
+
+    def resume(self) -> None:
+        """Most of it was read."""
+
+    def leave(self) -> None:
+        """The client will not read any more."""
 
 
 class Connection(web.RequestHandler):
@@ -36,6 +46,10 @@ class Connection(web.RequestHandler):
         is_full: whether one more is too many.
         refused: told the status of what ended before it was a request.
         stall_seconds: after which a client is dropped that reads nothing of what waits for it.
+
+    Attributes:
+        is_busy: whether a request is being answered.
+        follower: who writes its stream, and looks itself whether it is read.
     """
 
     __slots__ = (
@@ -47,6 +61,7 @@ class Connection(web.RequestHandler):
         "_stall_seconds",
         "_unread",
         "_watch",
+        "follower",
         "is_busy",
     )
 
@@ -72,6 +87,7 @@ class Connection(web.RequestHandler):
             auto_decompress=False,
         )
         self.is_busy = False
+        self.follower: Follower | None = None
         self._head_seconds = head_seconds
         self._is_full = is_full
         self._refused = refused
@@ -87,7 +103,7 @@ class Connection(web.RequestHandler):
             full = ApiError(503, "Too many clients are connected.", SERVER, code="too_many_connections", retry_after=1)
             self._end_with(transport, full)
             return
-        transport.set_write_buffer_limits(WRITE_LIMIT_BYTES)
+        transport.set_write_buffer_limits(UNSENT_BYTES)
         own: socket.socket | None = transport.get_extra_info("socket")
         if own is not None:
             own.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
@@ -100,6 +116,20 @@ class Connection(web.RequestHandler):
         super().data_received(data)
         if self._deadline is None and not self.is_busy:
             self._await_head()
+
+    def eof_received(self) -> None:
+        if self.follower is not None:
+            self.follower.leave()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self.follower is not None:
+            self.follower.pause()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self.follower is not None:
+            self.follower.resume()
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._cancel_deadline()
@@ -116,6 +146,11 @@ class Connection(web.RequestHandler):
         """It was answered; the next may come."""
         self.is_busy = False
         self._has_sent = False
+
+    def abort(self) -> None:
+        """Close at once; a close would wait till the client has read the rest."""
+        if self.transport is not None:
+            self.transport.abort()
 
     def handle_error(
         self,
@@ -147,7 +182,7 @@ class Connection(web.RequestHandler):
     def _look(self, transport: asyncio.Transport) -> None:
         """Drop a client that left as much unread as the last time; closing would wait till it has read."""
         unread = transport.get_write_buffer_size()
-        if unread and unread == self._unread:
+        if unread and unread == self._unread and self.follower is None:
             transport.abort()
             return
         self._unread = unread
@@ -179,40 +214,6 @@ class Connection(web.RequestHandler):
         head += [f"{name}: {value}" for name, value in response.headers.items() if name != "Content-Length"]
         transport.write("\r\n".join(head).encode("latin-1") + b"\r\n\r\n" + body)
         transport.close()
-
-
-class Stalled(Exception):
-    """A client has not read for too long."""
-
-
-class Unread:
-    """How much of a stream its client has left unread, and for how long.
-
-    Args:
-        seconds: how long nothing may move.
-    """
-
-    def __init__(self, request: web.BaseRequest, seconds: float) -> None:
-        self._transport = request.transport
-        self._seconds = seconds
-        self._sent = -1
-        self._moved = 0.0
-
-    async def check(self, written: int) -> None:
-        """Wait while too much is unsent.
-
-        Raises:
-            Stalled: nothing was taken for too long.
-        """
-        while self._transport is not None and (left := self._transport.get_write_buffer_size()):
-            now = time.monotonic()
-            if written - left > self._sent:
-                self._sent, self._moved = written - left, now
-            elif now - self._moved > self._seconds:
-                raise Stalled
-            if left <= UNSENT_BYTES or self._transport.is_closing():
-                return
-            await asyncio.sleep(LOOK_SECONDS)
 
 
 def error_response(error: ApiError, *, close: bool = False) -> web.Response:

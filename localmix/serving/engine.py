@@ -20,8 +20,8 @@ from pathlib import Path
 
 from localmix.errors import CapacityError, FileError, InputError, LocalmixError, UsageError
 from localmix.native.model import NO_MEMORY
+from localmix.serving.engine_client import EngineAddress, EngineState
 from localmix.serving.engine_options import EngineOptions, environment
-from localmix.serving.gateway import EngineAddress, EngineState
 from localmix.serving.server_binary import HOW_TO_GET_IT
 from localmix.worker import LESS_MEMORY, explain_death, last_words
 

@@ -12,7 +12,7 @@ from localmix.conversation.chat_events import DraftSettings
 from localmix.errors import UsageError
 from localmix.native.devices import ANYWHERE, Placement, default_threads
 from localmix.rope_scaling import RopeScaling
-from localmix.serving.gateway import EngineAddress
+from localmix.serving.engine_client import EngineAddress
 from localmix.sources.base import Source
 
 MIB = 2**20

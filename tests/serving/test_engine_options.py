@@ -11,8 +11,8 @@ from localmix.conversation.chat_events import DraftSettings
 from localmix.errors import UsageError
 from localmix.native.devices import PROCESSOR, Placement
 from localmix.rope_scaling import RopeScaling
+from localmix.serving.engine_client import EngineAddress
 from localmix.serving.engine_options import REFUSED, EngineOptions, check_further, environment, longer_key, rope_base
-from localmix.serving.gateway import EngineAddress
 from localmix.sources.open import open_source
 
 SOCKET = EngineAddress(Path("/run/x.sock"))

@@ -31,6 +31,7 @@ from localmix.measurement.perplexity import (
     Part,
     Perplexity,
     ReferenceRows,
+    Scores,
     Stopwatch,
     Tally,
     cut,
@@ -229,10 +230,9 @@ def _look_up(stored: Path, path: Path, corpus: Corpus, conditions: Conditions) -
             path,
             corpus,
             conditions,
-            file.nll,
+            Scores(file.nll, memory=file.memory_bytes),
             trained=file.trained_context,
             threads=conditions.threads or default_threads(),
-            memory=file.memory_bytes,
         )
 
 
@@ -261,17 +261,14 @@ def _record_here(
         except (CapacityError, FileError) as error:
             return error.message
         scores = score(model, chunks, conditions, threads, channel, recorder.add)
-        recorder.finish(scores.nll, model.trained_context, scores.memory)
+        recorder.finish(scores.nll, model.trained_context, peak_memory.peak())
         return describe(
             path,
             corpus,
             conditions,
-            scores.nll,
+            scores,
             trained=model.trained_context,
             threads=threads,
-            seconds=scores.seconds,
-            decoding_seconds=scores.decoding_seconds,
-            memory=scores.memory,
             speed=time_generation(channel, model, threads, conditions) if with_speed else None,
         )
 
@@ -362,12 +359,9 @@ def _measure_paired(
             path,
             corpus,
             conditions,
-            tally.nll,
+            Scores(tally.nll, seconds, stopwatch.seconds, memory),
             trained=model.trained_context,
             threads=threads,
-            seconds=seconds,
-            decoding_seconds=stopwatch.seconds,
-            memory=memory,
             speed=time_generation(channel, model, threads, conditions) if with_speed else None,
         )
         timed = other if with_speed and reference.perplexity is None else None
@@ -375,7 +369,7 @@ def _measure_paired(
             reference.path,
             corpus,
             conditions,
-            tally.reference_nll,
+            Scores(tally.reference_nll),
             trained=trained,
             threads=threads,
             speed=time_generation(channel, timed, threads, reference.conditions) if timed else None,

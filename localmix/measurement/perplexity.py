@@ -165,31 +165,28 @@ def measure_here(channel: Channel, path: Path, corpus: Corpus, conditions: Condi
             path,
             corpus,
             conditions,
-            scores.nll,
+            scores,
             trained=model.trained_context,
             threads=threads,
-            seconds=scores.seconds,
-            decoding_seconds=scores.decoding_seconds,
-            memory=scores.memory,
             speed=time_generation(channel, model, threads, conditions) if with_speed else None,
         )
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What `score` found.
+    """What a finished pass found, and took if the model ran for it alone.
 
     Attributes:
         nll: float64 `[chunks, scored]`, negative log-likelihood of each token.
         seconds: of all of it.
-        decoding_seconds: of the model alone.
-        memory: peak of this process, in bytes.
+        decoding_seconds: of the model alone; None if it did not run.
+        memory: peak of the process, in bytes; None where it held another model too.
     """
 
     nll: NDArray[np.float64]
-    seconds: float
-    decoding_seconds: float
-    memory: int
+    seconds: float = 0.0
+    decoding_seconds: float | None = None
+    memory: int | None = None
 
 
 def score(
@@ -259,27 +256,22 @@ def describe(
     path: Path,
     corpus: Corpus,
     conditions: Conditions,
-    nll: NDArray[np.float64],
+    scores: Scores,
     *,
     trained: int,
     threads: int,
-    seconds: float = 0.0,
-    decoding_seconds: float | None = None,
-    memory: int | None = None,
     speed: Speed | None = None,
 ) -> Perplexity:
     """What is told about a finished pass.
 
     Args:
-        nll: of every scored token, `[chunks, scored]`.
         trained: tokens of context that the model was trained with.
-        decoding_seconds: the part of `seconds` that the model took; None if it did not run.
     """
+    nll, decoding = scores.nll, scores.decoding_seconds
     notes = corpus.notes
     if conditions.ctx > trained:
         notes += (f"{path.name} was trained with {trained} tokens of context, and is measured with {conditions.ctx}.",)
     ppl, error = perplexity_of(nll)
-    decoded = len(nll) * conditions.ctx
     return Perplexity(
         model=path.name,
         corpus=corpus.name,
@@ -292,9 +284,9 @@ def describe(
         nll=float(nll.mean()),
         chunk_nll=tuple(nll.mean(axis=1).tolist()),
         threads=threads,
-        seconds=seconds,
-        prompt_ms_per_token=None if decoding_seconds is None else 1000 * decoding_seconds / decoded,
-        memory_bytes=memory,
+        seconds=scores.seconds,
+        prompt_ms_per_token=None if decoding is None else 1000 * decoding / (len(nll) * conditions.ctx),
+        memory_bytes=scores.memory,
         speed=speed,
         notes=notes,
         token_nll=nll.ravel(),

@@ -29,10 +29,10 @@ DOWNLOADS = ".download"
 _STATE_FILE = "state.json"
 # begins what a model of the hub was made from, as `remember` notes it
 HUB = "hub:"
-# how the field names files, `Mixtral-8x7B-v0.1.Q4_K_M.gguf`; a preset of ours may end with its month, and a mixture is
-# called after its target
+# how the field names files, `Mixtral-8x7B-v0.1.Q4_K_M.gguf`; a preset of ours may end with its month, one that was made
+# with an importance matrix with `-im`, and a mixture is called after its target
 _TYPED_NAME = re.compile(
-    r"^(?P<model>.+?)(?:[-.](?P<type>(?:(?:I?Q|TQ)\d\w*|BF16|F16|F32|MXFP4\w*)(?:-\d{4}-\d\d)?)"
+    r"^(?P<model>.+?)(?:[-.](?P<type>(?:(?:I?Q|TQ)\d\w*|BF16|F16|F32|MXFP4\w*)(?:-\d{4}-\d\d|-im(?:at(?:rix)?)?)?)"
     r"|-(?P<target>\d+\.\d+(?:bpw|[KMG]i?B)|\d{6,}B))$",
     re.IGNORECASE,
 )
@@ -51,6 +51,10 @@ class Purpose(enum.Enum):
     MEASURE = "measure"  # the GGUF file used last, else the most precise one
     ANY = "any"  # whatever was meant: a folder, or as MEASURE
     RUN = "run"  # the quantization used last, else the largest that fits into memory
+
+
+# what these want is read by localmix itself, not by llama.cpp
+_FOR_SOURCES = (Purpose.CHECKPOINT, Purpose.SOURCE, Purpose.ANY)
 
 
 @dataclass(frozen=True)
@@ -371,17 +375,22 @@ def _of_type(model: Model, kind: str) -> Path:
 
 
 def _checked(path: Path, purpose: Purpose) -> Path:
-    if path.is_dir() and purpose not in (Purpose.CHECKPOINT, Purpose.SOURCE, Purpose.ANY):
+    if path.is_dir() and purpose not in _FOR_SOURCES:
         raise UsageError(
             f"{path} is a folder, and a GGUF file is needed here.", f"Run `localmix convert {path}` first."
         )
     # any part means the whole; llama.cpp opens the first one only
     first = path.with_name(_PART.sub(r"-00001\1", path.name)) if path.name else path
     if ".gguf" in path.name and path.suffix != ".gguf":
-        from localmix.sources.joined import find_pieces
+        from localmix.sources.joined import find_pieces, whole_name
 
         with contextlib.suppress(LocalmixError):  # told when it is opened
             first = next(iter(find_pieces(path)), first)
+        if whole_name(path.name) != path.name and purpose not in _FOR_SOURCES:
+            raise InputError(
+                f"{path} is a piece of a file that was cut, which llama.cpp does not load.",
+                f"Run `localmix convert {path}`: it joins them.",
+            )
     return first if first.exists() else path
 
 

@@ -36,6 +36,8 @@ def put(home: Path, model: str, kind: str, size: int = 1000) -> Path:
         ("model-bf16.gguf", ("model", "BF16")),
         ("model-IQ3_XXS-2024-01.gguf", ("model", "IQ3_XXS-2024-01")),
         ("model-MXFP4_MOE.gguf", ("model", "MXFP4_MOE")),
+        ("ggml-model-q4_k-im.gguf", ("ggml-model", "Q4_K-IM")),
+        ("model.IQ2_XS-imat.gguf", ("model", "IQ2_XS-IMAT")),
         ("tinymix-3.50bpw.gguf", ("tinymix", "3.50bpw")),
         ("Mixtral-8x7B-v0.1-12.0GiB.gguf", ("Mixtral-8x7B-v0.1", "12.0GiB")),
         ("tinymix-2799104B.gguf", ("tinymix", "2799104B")),
@@ -347,6 +349,9 @@ def test_any_piece_of_a_cut_file_means_the_whole(tmp_path: Path) -> None:
     first = tmp_path / "fox.Q4_K_M.gguf-split-a"
     assert library.resolve(tmp_path / "fox.Q4_K_M.gguf-split-c", library.Purpose.SOURCE) == first
     assert library.split_name(first) == ("fox", "Q4_K_M")
+    with pytest.raises(InputError, match="is a piece of a file that was cut") as caught:
+        library.resolve(first, library.Purpose.RUN)
+    assert f"`localmix convert {first}`" in caught.value.hint
     first.unlink()
     last = tmp_path / "fox.Q4_K_M.gguf-split-c"
     assert library.resolve(last, library.Purpose.SOURCE) == last

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from localmix import library
 from localmix.downloads.download import Download, checksum_of, fetch, fetch_all, seed, short_name
-from localmix.downloads.hub import TIMEOUT, HubFile, Repository, Stop, Stopped, gguf_type
+from localmix.downloads.hub import TIMEOUT, HubFile, Repository, Stop, Stopped, gguf_model, gguf_type
 from localmix.downloads.pull import Place, known_sha256, note_pulled, place, pull
 from localmix.errors import FileError
 from localmix.output import RESUMABLE, file_error, lock_for
@@ -197,7 +197,7 @@ class ArrivingModel:
 def arriving_name(remote: Remote) -> str:
     """How the library calls a model of the hub."""
     if remote.is_gguf:
-        return library.clean_name(library.split_file_name(_base(remote.weights[0]))[0])
+        return gguf_model(remote.repository, remote.weights[0].name)
     return library.clean_name(remote.repository.model)
 
 

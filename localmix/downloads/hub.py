@@ -41,11 +41,16 @@ _OF_A_CHECKPOINT = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*
 _BESIDE_A_CHECKPOINT = ("additional_chat_templates/*.jinja",)
 _SECOND_COPIES = ("consolidated*", "optimizer*", "*.fp16.*", "*.fp32.*")
 
+# What llama.cpp's converter called every model.
+_NO_MODEL = ("ggml-model", "model")
+
 # Seconds: until the first byte of an answer, and of silence in the middle of one.
 TIMEOUT = 15.0
 # A request that fails is made again after so many seconds, then after twice as many, and so on.
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
 ATTEMPTS = 8
+# Failures of a request that the next one has, too; by name, for huggingface-hub's client is httpx or its successor.
+_FOR_GOOD = ("TooManyRedirects", "UnsupportedProtocol")
 # Longer than this a server's Retry-After is told instead of waited for.
 LONGEST_RETRY_AFTER = 600.0
 
@@ -183,7 +188,7 @@ def select(repository: Repository, include: Sequence[str] = (), kind: str = "") 
         UsageError: nothing matches, or the repository has several GGUF files and none was named.
     """
     files = [file for file in repository.files if not _is_hidden(file.name)]
-    ggufs = [file for file in files if file.name.lower().endswith(".gguf")]
+    ggufs = [file for file in files if is_gguf(file.name)]
     if kind:
         # Q4_K means Q4_K_M, as everywhere
         for wanted in (kind.upper(), f"{kind.upper()}_M"):
@@ -220,7 +225,34 @@ def gguf_type(name: str) -> str:
     """The type that the name of a GGUF file tells, as the library reads it; its stem when it tells none."""
     from localmix.library import split_file_name
 
-    return split_file_name(name.rpartition("/")[2])[1]
+    model, kind = split_file_name(_whole(name))
+    return kind or model
+
+
+def gguf_model(repository: Repository, name: str) -> str:
+    """The model that a GGUF file of a repository is one of, as the library calls it."""
+    from localmix.library import clean_name, split_file_name
+
+    model, kind = split_file_name(_whole(name))
+    if not kind or model.lower() in _NO_MODEL:
+        model = re.sub(r"[-.]gguf$", "", repository.model, flags=re.IGNORECASE)
+    return clean_name(model)
+
+
+def is_gguf(name: str) -> bool:
+    """Whether a file is a GGUF file, or a piece of one that was cut."""
+    return _whole(name).lower().endswith(".gguf")
+
+
+def is_piece(name: str) -> bool:
+    """Whether a file is a piece of a GGUF file that was cut, which nothing loads."""
+    return _whole(name) != name.rpartition("/")[2]
+
+
+def _whole(name: str) -> str:
+    from localmix.sources.joined import whole_name
+
+    return whole_name(name.rpartition("/")[2])
 
 
 def _is_hidden(name: str) -> bool:
@@ -426,6 +458,8 @@ def open_range(
     except errors.OfflineModeIsEnabled as error:
         raise _unreachable(file.name, error) from error
     except errors.HTTPError as error:  # type: ignore[attr-defined]
+        if type(error).__name__ in _FOR_GOOD:
+            raise NetworkError(f"The hub leads nowhere for {file.name}: {_reason(error)}.", _MIRROR) from error
         raise Passing(_reason(error)) from error
 
 

@@ -8,7 +8,6 @@ again.
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,17 @@ from pathlib import Path
 
 from localmix import library
 from localmix.downloads.download import Download, Progress, check_space, checksum_of, fetch_all
-from localmix.downloads.hub import HubFile, Repository, look_up, parse_name, select
+from localmix.downloads.hub import (
+    HubFile,
+    Repository,
+    gguf_model,
+    gguf_type,
+    is_gguf,
+    is_piece,
+    look_up,
+    parse_name,
+    select,
+)
 from localmix.downloads.pull_record import Pulled, is_untouched, read_record, write_record
 from localmix.errors import UsageError
 from localmix.output import file_error, lock_for
@@ -122,7 +131,7 @@ def place(repository: Repository, files: Sequence[HubFile]) -> list[Place]:
     places = []
     model = library.clean_name(repository.model)
     for file in files:
-        if file.name.lower().endswith(".gguf"):
+        if is_gguf(file.name):
             places.append(_place_gguf(repository, file))
         else:
             places.append(Place(file, model, library.pulled_folder(model), file.name, True))
@@ -135,22 +144,26 @@ def place(repository: Repository, files: Sequence[HubFile]) -> list[Place]:
                 f"Two files of {repository.name} would become {found.path.name}.", "Choose one with --include."
             )
         seen.add(found.path)
-        if not found.of_checkpoint and found.path.exists() and found.inside not in read_record(found.folder):
-            raise UsageError(
-                f"The library has {found.path.name} already, and it did not come from the hub.",
-                f"Remove it with `localmix rm {found.model}`.",
-            )
+        if not found.of_checkpoint and found.path.exists():
+            pulled = read_record(found.folder).get(found.inside)
+            if pulled is None or (pulled.repository != repository.name and pulled.checksum != found.file.checksum):
+                origin = "did not come from the hub" if pulled is None else f"came from {pulled.repository}"
+                raise UsageError(
+                    f"The library has {found.path.name} already, and it {origin}.",
+                    f"Remove it with `localmix rm {found.model}:{gguf_type(found.inside)}`.",
+                )
     # config.json decides what a folder is: a model of GGUF files is named by them
     return sorted(places, key=lambda found: not found.of_checkpoint)
 
 
 def _place_gguf(repository: Repository, file: HubFile) -> Place:
-    name = file.name.rpartition("/")[2]
-    model, kind = library.split_file_name(name)
-    if not kind:
-        model, kind = repository.model, re.sub(r"\.gguf$", "", name, flags=re.IGNORECASE)
-    model = library.clean_name(model)
-    part = library.part_suffix(name)
+    model, kind = gguf_model(repository, file.name), gguf_type(file.name)
+    if is_piece(file.name):
+        raise UsageError(
+            f"{file.name} of {repository.name} is a piece of a file that was cut, and nothing loads pieces.",
+            f"`localmix convert {repository.name}:{kind}` fetches and joins them.",
+        )
+    part = library.part_suffix(file.name)
     return Place(file, model, library.home() / model, f"{model}-{kind}{part}.gguf", False)
 
 

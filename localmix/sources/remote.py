@@ -17,7 +17,17 @@ from pathlib import Path
 
 from localmix import library
 from localmix.downloads.download import Download, fetch
-from localmix.downloads.hub import HubFile, Repository, Stop, gguf_type, look_up, parse_name, read_range, select
+from localmix.downloads.hub import (
+    HubFile,
+    Repository,
+    Stop,
+    gguf_type,
+    is_gguf,
+    look_up,
+    parse_name,
+    read_range,
+    select,
+)
 from localmix.errors import InputError, LocalmixError, NetworkError
 from localmix.sources.documents import DOCUMENT_LIMIT
 from localmix.sources.positional import NotHere, identity, write_stand_in
@@ -25,7 +35,6 @@ from localmix.sources.positional import NotHere, identity, write_stand_in
 _FIRST_BYTES = 1 << 16
 _HEAD_LIMIT = 128 << 20  # a safetensors header may have 32 MiB, a GGUF head with its vocabulary rarely 20
 _CONNECTIONS = 8
-_WEIGHTS = (".safetensors", ".gguf")
 _FOR_PEOPLE = ("README.md", "LICENSE")
 
 
@@ -45,7 +54,7 @@ class Remote:
     @property
     def is_gguf(self) -> bool:
         """Whether the weights are a GGUF file or the parts of one."""
-        return bool(self.weights) and self.weights[0].name.lower().endswith(".gguf")
+        return bool(self.weights) and is_gguf(self.weights[0].name)
 
 
 def find_remote(text: str, *, for_quantizing: bool = False) -> Remote:
@@ -65,7 +74,7 @@ def find_remote(text: str, *, for_quantizing: bool = False) -> Remote:
     except NetworkError as error:
         raise NetworkError(f"There is no file or folder {name} here. {error.message}", error.hint) from error
     if for_quantizing and not kind and not any(file.name.endswith(".safetensors") for file in repository.files):
-        there = {gguf_type(file.name).upper() for file in repository.files if file.name.lower().endswith(".gguf")}
+        there = {gguf_type(file.name).upper() for file in repository.files if is_gguf(file.name)}
         kind = next((known for known in library.FLOAT_TYPES if known in there), "")
     files = [file for file in select(repository, kind=kind) if not file.name.startswith(_FOR_PEOPLE)]
     weights = tuple(sorted((file for file in files if is_weights(file)), key=lambda file: file.name))
@@ -78,7 +87,7 @@ def find_remote(text: str, *, for_quantizing: bool = False) -> Remote:
 
 def is_weights(file: HubFile) -> bool:
     """Whether a file has a head and weights."""
-    return file.name.lower().endswith(_WEIGHTS)
+    return file.name.lower().endswith(".safetensors") or is_gguf(file.name)
 
 
 @dataclass(frozen=True)
@@ -159,8 +168,8 @@ def _missing_head(path: Path) -> int | None:
     from localmix.sources.safetensors import open_shard
 
     try:
-        if path.suffix.lower() == ".gguf":
-            read_header(path)
+        if is_gguf(path.name):
+            read_header(path)  # of the first piece where it was cut
         else:
             open_shard(path).close()
     except NotHere as error:

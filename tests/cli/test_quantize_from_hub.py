@@ -120,6 +120,25 @@ def test_convert_takes_it_too(localmix: CommandLine, served: Hub, tmp_path: Path
     assert not list((localmix.home / "fox").glob(".*"))
 
 
+def test_convert_joins_the_pieces_of_a_file_that_was_cut(localmix: CommandLine, served: Hub, tmp_path: Path) -> None:
+    localmix("convert", tmp_path / "served" / "fox", "-o", tmp_path / "fox.gguf")
+    content = (tmp_path / "fox.gguf").read_bytes()
+    size = len(content) // 3
+    names = ("part1of3", "part2of3", "part3of3")
+    pieces = (content[:size], content[size : 2 * size], content[2 * size :])
+    served.repositories["org/fox-GGUF"] = {
+        "fox.Q8_0.gguf": b"another",
+        **{f"big/fox.i1-BF16.gguf.{name}": piece for name, piece in zip(names, pieces, strict=True)},
+    }
+    told = localmix.fails("pull", "org/fox-GGUF:BF16", expect=2)
+    assert "is a piece of a file that was cut" in told and "`localmix convert org/fox-GGUF:BF16`" in told
+    plan = localmix("plan", "org/fox-GGUF:BF16", "Q8_0", "--json").json
+    assert plan["types"][0]["type"] == "Q8_0"
+    made = localmix("convert", "org/fox-GGUF:BF16", "--json").json
+    assert made["path"] == str(localmix.home / "fox.i1" / "fox.i1-BF16.gguf")
+    assert Path(made["path"]).read_bytes() == content
+
+
 def test_a_missing_folder_is_not_made(localmix: CommandLine, served: Hub, tmp_path: Path) -> None:
     assert "mkdir" in localmix.fails("quantize", "Q4_K", NAME, "-o", tmp_path / "none" / "x.gguf", expect=5)
     assert not (tmp_path / "none").exists()

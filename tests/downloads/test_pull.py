@@ -218,6 +218,14 @@ def test_a_hub_that_stays_busy(served: Hub) -> None:
     assert list(library.home().rglob("*")) == []
 
 
+@pytest.mark.parametrize("location", ["?again", "ftp://localhost/file"])
+def test_redirects_that_lead_nowhere_are_said_at_once(served: Hub, location: str) -> None:
+    served.refusals += [Refusal(SHARD, 302, {"Location": location})] * 100
+    with pytest.raises(NetworkError, match=f"leads nowhere for {SHARD}: .*[a-z.]$"):
+        pull(NAME)
+    assert len(served.paths(SHARD)) < 30
+
+
 def test_a_gated_model_says_what_to_do(served: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     served.token = "hf_secret"
     with pytest.raises(NetworkError, match="org/fox is gated") as caught:
@@ -373,6 +381,31 @@ def test_gguf_files_become_types_of_a_model(served: Hub, random_model: Path) -> 
     library.remove(removal)
     library.remove(library.plan_removal("cat"))
     assert not (library.home() / "cat").exists()
+
+
+def test_gguf_files_that_name_no_model_are_called_after_their_repository(served: Hub) -> None:
+    served.repositories["org/cat-GGUF"] = {"ggml-model-q4_k.gguf": b"a", "ggml-model-q4_k-im.gguf": b"b"}
+    served.repositories["org/dog-gguf"] = {"ggml-model-q4_k.gguf": b"c", "odd-fp16.gguf": b"d"}
+    with pytest.raises(UsageError) as caught:
+        pull("org/dog-gguf")
+    assert "org/dog-gguf:Q4_K. It has Q4_K (" in caught.value.hint
+    assert " odd-fp16 (" in caught.value.hint
+    found = [pull(f"org/{name}").path for name in ("cat-GGUF:Q4_K", "cat-GGUF:q4_k-im", "dog-gguf:Q4_K")]
+    found.append(pull("org/dog-gguf:odd-fp16").path)
+    assert [path.name for path in found] == ["cat-Q4_K.gguf", "cat-Q4_K-IM.gguf", "dog-Q4_K.gguf", "dog-odd-fp16.gguf"]
+    assert [path.read_bytes() for path in found] == [b"a", b"b", b"c", b"d"]
+
+
+def test_a_file_of_another_repository_is_not_replaced(served: Hub) -> None:
+    served.repositories["one/cat"] = {"cat-Q8_0.gguf": b"one"}
+    served.repositories["two/cat"] = {"cat-Q8_0.gguf": b"two"}
+    served.repositories["three/cat"] = {"cat-Q8_0.gguf": b"one"}
+    path = pull("one/cat").path
+    with pytest.raises(UsageError, match="came from one/cat") as caught:
+        pull("two/cat")
+    assert "`localmix rm cat:Q8_0`" in caught.value.hint
+    assert not pull("three/cat").files[0].fetched
+    assert path.read_bytes() == b"one"
 
 
 def test_another_model_of_the_same_name_is_not_touched(served: Hub, checkpoint: Path) -> None:

@@ -270,9 +270,11 @@ def check_outputs(
     for folder, size in needed.values():
         free = shutil.disk_usage(folder).free
         if size > free:
+            from localmix.presentation.table import size as readable
+
             raise CapacityError(
-                f"{folder} has {free / 2**30:.2f} GiB free, and the output takes"
-                f" {size / 2**30:.2f} GiB{' with the shards on their way' if staged else ''}.",
+                f"{folder} has {readable(free)} free, and the output takes {readable(size)}"
+                f"{' with the shards on their way' if staged else ''}.",
                 "Free some space, or choose another folder with -o.",
             )
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -178,6 +179,9 @@ def test_a_missing_folder_and_a_folder_in_the_way(tmp_path: Path) -> None:
         check_outputs([(tmp_path, 1)], [])
 
 
-def test_too_little_space_is_found_before_the_work(tmp_path: Path) -> None:
+def test_too_little_space_is_found_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CapacityError, match="GiB free"):
         check_outputs([(tmp_path / "a", 1 << 60)], [])
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=2 << 10))
+    with pytest.raises(CapacityError, match=r"has 2.0 KiB free, and the output takes 3.0 KiB\."):
+        check_outputs([(tmp_path / "a", 1 << 10), (tmp_path / "b", 2 << 10)], [])

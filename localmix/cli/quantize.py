@@ -298,24 +298,23 @@ def command(
 
 
 def _sort_out(words: tuple[str, ...], known: Presets, wish: MixtureWish) -> tuple[str | None, str | None]:
-    """TYPES and SRC; where sizes are named, the word that is no type is SRC.
+    """TYPES and SRC, in the order of the command or in llama-quantize's: the word that is no type is SRC.
 
     Raises:
         UsageError: no type and no size is named, or there are too many words.
     """
+    from localmix import library
     from localmix.errors import UsageError
 
     if len(words) > 2:
         raise UsageError(f"{words[2]!r} is one argument too many.", "Name types and one model.")
-    if not wish.is_given:
-        if not words:
-            raise UsageError("No type was named.", "`localmix quantize --list` shows them all.")
-        return words[0], (words[1] if len(words) > 1 else None)
-    types = [word for word in words if _names_types(word, known)]
-    if len(words) == 2 and not types:
-        parse_types(words[0], known)
-    kind = types[0] if types else None
-    rest = [word for word in words if word != kind]
+    kind = next((word for word in words if _names_types(word, known)), None)
+    rest = [word for word in words if word is not kind]
+    if kind is None and not (wish.is_given and len(rest) < 2):
+        unknown = [word for word in rest if not library.is_there(word)]
+        if unknown:
+            parse_types(unknown[0], known)
+        raise UsageError("No type was named.", "`localmix quantize --list` shows them all.")
     return kind, (rest[0] if rest else None)
 
 

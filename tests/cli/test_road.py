@@ -45,6 +45,14 @@ def test_quantize_without_a_model_takes_the_last(localmix: CommandLine) -> None:
     assert result["seconds"] > 0
 
 
+def test_quantize_takes_model_and_type_in_either_order(localmix: CommandLine) -> None:
+    localmix("quantize", "Q4_K", "fox", "-o", "one.gguf")
+    localmix("quantize", "./fox", "Q4_K", "-o", "two.gguf")
+    assert (localmix.folder / "one.gguf").read_bytes() == (localmix.folder / "two.gguf").read_bytes()
+    assert "No type was named" in localmix.fails("quantize", "fox", expect=2)
+    assert "no quantization type 'Q44'" in localmix.fails("quantize", "fox", "Q44", expect=2)
+
+
 def test_quantize_several_into_a_folder(localmix: CommandLine) -> None:
     localmix("quantize", "Q8_0,q4_0", "fox", "-o", ".")
     assert {path.name for path in localmix.folder.glob("*.gguf")} == {"fox-Q8_0.gguf", "fox-Q4_0.gguf"}

@@ -43,26 +43,28 @@ class Connection(web.RequestHandler):
     Args:
         server: aiohttp's, which holds the handler of requests.
         head_seconds: from the first byte of a head to its last; the first request's from the connection's beginning.
-        is_full: whether one more is too many.
+        has_too_many: whether one more would be.
         refused: told the status of what ended before it was a request.
         stall_seconds: after which a client is dropped that reads nothing of what waits for it.
 
     Attributes:
         is_busy: whether a request is being answered.
+        is_full: whether too much is unread.
         follower: who writes its stream, and looks itself whether it is read.
     """
 
     __slots__ = (
         "_deadline",
         "_has_sent",
+        "_has_too_many",
         "_head_seconds",
-        "_is_full",
         "_refused",
         "_stall_seconds",
         "_unread",
         "_watch",
         "follower",
         "is_busy",
+        "is_full",
     )
 
     def __init__(
@@ -71,7 +73,7 @@ class Connection(web.RequestHandler):
         *,
         head_seconds: float,
         idle_seconds: float,
-        is_full: Callable[[], bool],
+        has_too_many: Callable[[], bool],
         refused: Callable[[str, int], None],
         stall_seconds: float,
     ) -> None:
@@ -87,9 +89,10 @@ class Connection(web.RequestHandler):
             auto_decompress=False,
         )
         self.is_busy = False
+        self.is_full = False
         self.follower: Follower | None = None
         self._head_seconds = head_seconds
-        self._is_full = is_full
+        self._has_too_many = has_too_many
         self._refused = refused
         self._deadline: asyncio.TimerHandle | None = None
         self._has_sent = False
@@ -99,7 +102,7 @@ class Connection(web.RequestHandler):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
-        if self._is_full():
+        if self._has_too_many():
             full = ApiError(503, "Too many clients are connected.", SERVER, code="too_many_connections", retry_after=1)
             self._end_with(transport, full)
             return
@@ -122,14 +125,18 @@ class Connection(web.RequestHandler):
             self.follower.leave()
 
     def pause_writing(self) -> None:
-        super().pause_writing()
+        self.is_full = True
         if self.follower is not None:
             self.follower.pause()
+        else:
+            super().pause_writing()
 
     def resume_writing(self) -> None:
-        super().resume_writing()
+        self.is_full = False
         if self.follower is not None:
             self.follower.resume()
+        if self.writing_paused:  # a follower's pause is none of aiohttp's, which would wait for the end of it
+            super().resume_writing()
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._cancel_deadline()

@@ -26,20 +26,18 @@ class Chunks:
 
     Attributes:
         ended: the last chunk has come.
+        broken: there was no size where one has to be.
     """
 
     def __init__(self) -> None:
         self.ended = False
+        self.broken = False
         self._rest = b""  # of a size
         self._left = 0  # bytes of a chunk and its line end
         self._is_last = False
 
     def feed(self, data: bytes) -> bytes:
-        """What the chunks hold.
-
-        Raises:
-            ValueError: there is no size where one has to be.
-        """
+        """What the chunks hold."""
         if not self._left and not self._rest:
             # nearly always it is one chunk, and whole
             found = _SIZE.match(data)
@@ -47,12 +45,11 @@ class Chunks:
                 return data[found.end() : -2]
         pieces = []
         data, self._rest, place = self._rest + data, b"", 0
-        while place < len(data) and not self.ended:
+        while place < len(data) and not self.ended and not self.broken:
             if not self._left:
                 found = _SIZE.match(data, place)
                 if found is None:
-                    if not _PART_OF_SIZE.fullmatch(data, place):
-                        raise ValueError("A chunk has no size.")
+                    self.broken = _PART_OF_SIZE.fullmatch(data, place) is None
                     self._rest = data[place:]
                     break
                 place = found.end()
@@ -197,6 +194,8 @@ class Reply(asyncio.BufferedProtocol):
                 self._take(piece)
             if self._chunks.ended:
                 self._end(True)
+            elif self._chunks.broken:
+                self.close()
             return
         if data:
             self._take(data)

@@ -121,7 +121,7 @@ class Gateway:
                 server,
                 head_seconds=self._policy.head_seconds,
                 idle_seconds=self._policy.idle_seconds,
-                is_full=lambda: len(server.connections) >= self._policy.connections,
+                has_too_many=lambda: len(server.connections) >= self._policy.connections,
                 refused=self._note_refusal,
                 stall_seconds=self._policy.stall_seconds,
             )

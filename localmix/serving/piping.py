@@ -49,6 +49,8 @@ class Pipe:
         self._connection.follower = self
         self._moved = self._loop.time()
         self._look()
+        if self._connection.is_full:  # of an answer before
+            self.pause()
         self._reply.hand_to(self.write)
         self._reply.ended.add_done_callback(self._stop)
         try:

@@ -303,7 +303,7 @@ def _already_taken(path: Path) -> int:
         return 0
 
 
-class _Lock(filelock.FileLock):
+class TransientLock(filelock.FileLock):
     """A lock whose file goes away with it: thousands of outputs leave nothing behind.
 
     The file is removed while the lock is held. Who opened it before that gets a lock on a file without a name;
@@ -322,7 +322,7 @@ def lock_for(path: Path) -> filelock.BaseFileLock:
     for folder in (platformdirs.user_cache_path("localmix") / "locks", Path(tempfile.gettempdir()) / "localmix-locks"):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = _Lock(folder / name)
+            lock = TransientLock(folder / name)
             # one that is just being released looks taken at first
             lock.acquire(timeout=0.2, poll_interval=0.02)
             return lock

@@ -179,6 +179,9 @@ def command(
         raise UsageError("--ctx and --kv-type are for --fit.", "A file's size does not depend on the context.")
     if pure and wish.is_given:
         raise UsageError("--pure gives all tensors one type, and --target chooses one for each.")
+    recipe = next((name for name in names if known.find(name).recipe is not None), None)
+    if pure and recipe is not None:
+        raise UsageError(f"--pure gives all tensors one type, and the recipe {recipe} names one for each.")
     if imatrix is not None and no_imatrix:
         raise UsageError("--imatrix and --no-imatrix contradict each other.")
     remote = find_model_of_hub(model)

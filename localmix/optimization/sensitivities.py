@@ -103,10 +103,15 @@ class Sensitivities:
 
 def _stand_in(kind: str, known: Mapping[str, Curve]) -> Curve:
     """The curve of a class that is not known, from those that are."""
-    plain = _EXPERTS.sub("", kind)
+    plain = _plain(kind)
     wanted = (*_RELATIVES.get(plain, ()), plain)
-    found = [curve for name, curve in known.items() if _EXPERTS.sub("", name) in wanted]
+    found = [curve for name, curve in known.items() if _plain(name) in wanted]
     return _mean(found or list(known.values()))
+
+
+def _plain(kind: str) -> str:
+    """The class that does the same work without experts: `ffn_down` of `ffn_down_exps`."""
+    return _EXPERTS.sub("", kind)
 
 
 def _mean(curves: Sequence[Curve]) -> Curve:
@@ -322,8 +327,10 @@ def _value(path: Path, where: str, value: Any) -> Value:
 def shipped_priors(tensor_names: Iterable[str], *, without: str = "", priors: Priors | None = None) -> Sensitivities:
     """What our own models say of one that was not measured.
 
-    A class's sensitivity is kept for all its tensors together, and shared out among those of the model: what each of
-    many layers loses weighs less than what each of few does.
+    Classes that do the same work, with experts or without, are taken for one, so that every mean is over the same
+    models: they differ too much for a class of some to be set against a class of others. The sensitivity is kept for
+    all tensors that do a work together, and shared out among those of the model: what each of many layers loses weighs
+    less than what each of few does.
 
     Args:
         tensor_names: of the model.
@@ -332,13 +339,18 @@ def shipped_priors(tensor_names: Iterable[str], *, without: str = "", priors: Pr
     """
     found = priors or _shipped()
     models = {name: classes for name, classes in found.models.items() if name != without}
-    kinds = {kind for classes in models.values() for kind in classes}
-    together = {kind: _mean([classes[kind] for classes in models.values() if kind in classes]) for kind in kinds}
-    counts = Counter(tensor_class(name) for name in tensor_names)
+    curves: dict[str, list[Curve]] = {}
+    for classes in models.values():
+        for kind, curve in classes.items():
+            curves.setdefault(_plain(kind), []).append(curve)
+    together = {plain: _mean(those) for plain, those in curves.items()}
+    kinds = [tensor_class(name) for name in tensor_names]
+    counts = Counter(_plain(kind) for kind in kinds)
     by_class: dict[str, Curve] = {}
-    for kind, count in counts.items():
-        curve = together[kind] if kind in together else _stand_in(kind, together)
-        by_class[kind] = Curve(curve.nats / count, curve.exponent)
+    for kind in dict.fromkeys(kinds):
+        plain = _plain(kind)
+        curve = together[plain] if plain in together else _stand_in(plain, together)
+        by_class[kind] = Curve(curve.nats / counts[plain], curve.exponent)
     return Sensitivities(by_class, origin=f"priors, measured on {', '.join(models)}")
 
 

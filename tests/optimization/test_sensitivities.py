@@ -176,6 +176,23 @@ def test_priors_share_a_class_out_among_the_tensors_of_the_model() -> None:
     assert found.origin == "priors, measured on one, other"
 
 
+def test_priors_take_experts_and_what_is_none_for_one_class() -> None:
+    models = {
+        "dense": {"ffn_down": Curve(8.0, 1.6), "output": Curve(4.0, 1.0)},
+        "mixture": {"ffn_down_exps": Curve(2.0, 1.2), "output": Curve(1.0, 1.0)},
+    }
+    names = [
+        "blk.0.ffn_down.weight",
+        *(f"blk.{layer}.ffn_down_{kind}.weight" for layer in (1, 2) for kind in ("exps", "shexp")),
+    ]
+    found = shipped_priors(names, priors=Priors(models, {}))
+    # both models count for each of the five tensors, which do the work together
+    assert set(found.by_class) == {"ffn_down", "ffn_down_exps", "ffn_down_shexp"}
+    for curve in found.by_class.values():
+        assert (curve.nats, curve.exponent) == pytest.approx((4.0 / 5, 1.4))
+    assert found.unknown(names) == []
+
+
 def test_the_shipped_priors_know_what_every_model_suffers_from_most() -> None:
     names = ["output.weight", "token_embd.weight"]
     names += [f"blk.{layer}.{kind}.weight" for layer in range(32) for kind in ("attn_q", "attn_v", "ffn_down_exps")]

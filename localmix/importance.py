@@ -21,6 +21,7 @@ from localmix.errors import InputError
 from localmix.gguf_format import MAGIC, MAX_NAME_BYTES, encode_header, padded, read_header
 from localmix.output import write_atomically
 from localmix.sources.base import TensorInfo, array, text, u32
+from localmix.sources.legacy import place_in_stack
 from localmix.sources.positional import PositionalFile
 from localmix.tensor_types import TensorType
 
@@ -237,7 +238,25 @@ def _load_legacy(file: PositionalFile) -> Importance:
         raise _no_imatrix(path, "it is empty")
     chunks = _count(path, "chunks", number()) if file.size - at >= 4 else 0
     datasets = (take(number()).decode("utf-8", "replace"),) if file.size - at >= 4 else ()
-    return Importance(entries, datasets, chunks, 0, path)
+    return Importance(_stack_experts(entries), datasets, chunks, 0, path)
+
+
+def _stack_experts(entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """Entries of single experts, as files of before April 2024 have them, put together where none is missing."""
+    experts: dict[str, dict[int, Entry]] = {}
+    result: dict[str, Entry] = {}
+    for name, entry in entries.items():
+        place = place_in_stack(name)
+        if place is None:
+            result[name] = entry
+        else:
+            experts.setdefault(place[0], {})[place[1]] = entry
+    for name, found in experts.items():
+        if sorted(found) == list(range(len(found))):
+            # each has a count of its own, of calls: means, as if of one call, leave nothing that looks like tokens
+            means = [found[number].sums / found[number].counts for number in range(len(found))]
+            result[name] = Entry(np.concatenate(means, axis=1), np.ones(1, np.float32))
+    return result
 
 
 def merge_importance(parts: Sequence[Importance]) -> Importance:

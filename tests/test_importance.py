@@ -70,6 +70,19 @@ def test_the_older_format(tmp_path: Path) -> None:
     np.testing.assert_array_equal(rows, np.array([[1, 2], [3, 4]], np.float32))
 
 
+def test_entries_of_single_experts_in_the_older_format(tmp_path: Path) -> None:
+    path = tmp_path / "old.dat"
+    experts = [("blk.1.ffn_up.1.weight", 2, [2.0, 8.0]), ("blk.1.ffn_up.0.weight", 4, [4.0, 12.0])]
+    path.write_bytes(legacy(*experts, ("blk.1.attn_q.weight", 1, [5.0])))
+    read = load_importance(path)
+    rows = read.rows(TensorInfo("blk.1.ffn_up_exps.weight", (2, 5, 2), TensorType.BF16))
+    np.testing.assert_array_equal(rows, np.array([[1, 3], [1, 4]], np.float32))
+    assert set(read.entries) == {"blk.1.attn_q.weight", "blk.1.ffn_up_exps.weight"}
+    assert not read.coverage.tokens
+    path.write_bytes(legacy(experts[0]))  # the other one was never reached, or is lost
+    assert not load_importance(path).entries
+
+
 def broken_files() -> dict[str, tuple[bytes, str]]:
     return {
         "empty": (b"", "neither GGUF nor"),

@@ -252,7 +252,8 @@ def command(
     mixtures = [summary for summary in quantized.outputs if summary.mixture is not None]
     importance = quantized.importance
     if importance is not None:
-        told = f"{importance.chunk_count} chunks of {', '.join(importance.datasets)}"
+        text = ", ".join(importance.datasets) or "a text that it does not name"
+        told = f"{importance.chunk_count or 'some'} chunks of {text}"
         covered = f"; {importance.coverage.summary}" if importance.coverage.tokens else ""
         console.note(f"With the importance matrix {imatrix}: {told}{covered}.")
     for note in quantized.notes:

@@ -34,6 +34,12 @@ class Stacked:
     sources: tuple[str, ...]
 
 
+def place_in_stack(name: str) -> tuple[str, int] | None:
+    """The stacked tensor that one of a single expert is a part of, and the expert; None for any other tensor."""
+    match = _OF_ONE_EXPERT.fullmatch(name)
+    return (f"{match['head']}_exps.weight", int(match["expert"])) if match else None
+
+
 def stack_experts(tensors: Sequence[TensorInfo], experts: int, subject: str) -> list[Stacked]:
     """The tensors of a file with those of single experts put together; a stack stands where its first expert stood.
 
@@ -46,17 +52,17 @@ def stack_experts(tensors: Sequence[TensorInfo], experts: int, subject: str) -> 
     """
     found: dict[str, dict[int, TensorInfo]] = {}
     for info in tensors:
-        match = _OF_ONE_EXPERT.fullmatch(info.name)
-        if match:
-            found.setdefault(f"{match['head']}_exps.weight", {})[int(match["expert"])] = info
+        place = place_in_stack(info.name)
+        if place:
+            found.setdefault(place[0], {})[place[1]] = info
     count = experts or 1 + max((number for stack in found.values() for number in stack), default=0)
     _require_all(found, count, subject)
     stacks = {name: _stack(name, [of[number] for number in range(count)], subject) for name, of in found.items()}
     result: dict[str, Stacked] = {}
     for info in tensors:
-        match = _OF_ONE_EXPERT.fullmatch(info.name)
-        name = f"{match['head']}_exps.weight" if match else info.name
-        if match is None and name in stacks:
+        place = place_in_stack(info.name)
+        name = place[0] if place else info.name
+        if place is None and name in stacks:
             raise InputError(f"{subject} holds {name} as one tensor and as one for each expert.", _AGAIN)
         result.setdefault(name, stacks.get(name) or Stacked(info, (name,)))
     return list(result.values())

@@ -157,12 +157,31 @@ def wait_for(address: tuple[str, int]) -> tuple[str, int]:
 
 
 def spent(process: psutil.Process | None) -> float:
-    """Processor seconds of a process by itself."""
-    times = process.cpu_times() if process is not None else None
-    return times.user + times.system if times is not None else 0.0
+    """Processor seconds of a process by itself; to the nanosecond where the system tells, else to its clock's tick."""
+    if process is None:
+        return 0.0
+    try:
+        tasks = Path(f"/proc/{process.pid}/task").iterdir()
+        return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+    except OSError:
+        times = process.cpu_times()
+        return times.user + times.system
 
 
-def throughput(side: Side, model: Path) -> tuple[list[Pairs], list[float]]:
+def wakes(process: psutil.Process | None) -> int:
+    """How often a process has begun to wait for something."""
+    return process.num_ctx_switches().voluntary if process is not None else 0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a token costs the gateway: processor seconds, and how often it waits."""
+
+    seconds: float
+    wakes: float
+
+
+def throughput(side: Side, model: Path) -> tuple[list[Pairs], list[Cost]]:
     """Tokens per second, seconds to the first token, processor time of a token; and the gateway's part of that."""
     title = f"{model.stem}, {STREAMS} streams of {REPLY}"
     speed = Pairs(title, "llama-server by hand", "tokens/s")
@@ -175,11 +194,11 @@ def throughput(side: Side, model: Path) -> tuple[list[Pairs], list[float]]:
         for number in range(side.repeat):
             # who goes first changes, for what the machine does by turns
             for place in (ours, theirs) if number % 2 else (theirs, ours):
-                gateway, engine = spent(place.gateway), spent(place.engine)
+                gateway, engine, waits = spent(place.gateway), spent(place.engine), wakes(place.gateway)
                 done = stream(place, STREAMS, REPLY, number + 1)
                 gateway, engine = spent(place.gateway) - gateway, spent(place.engine) - engine
                 if place is ours:
-                    costs.append(gateway / done.tokens)
+                    costs.append(Cost(gateway / done.tokens, (wakes(place.gateway) - waits) / done.tokens))
                 for row, figure in (
                     (speed, done.tokens / done.seconds),
                     (first, done.first),
@@ -204,8 +223,9 @@ def latency(side: Side, model: Path) -> tuple[Pairs, Pairs]:
     return one, each
 
 
-def report(rows: list[Pairs], added: list[Pairs], costs: list[float], side: Side) -> str:
+def report(rows: list[Pairs], added: list[Pairs], costs: list[Cost], side: Side) -> str:
     """SERVE.md."""
+    cost, waits = (statistics.median(getattr(one, name) for one in costs) for name in ("seconds", "wakes"))
     lines = [
         "# localmix serve beside a llama-server started by hand",
         "",
@@ -219,7 +239,7 @@ def report(rows: list[Pairs], added: list[Pairs], costs: list[float], side: Side
         "|---|---|--:|--:|--:|---|--:|",
         *(row.line() for row in (*rows, *added)),
         "",
-        f"The gateway's own processor time: {statistics.median(costs) * 1e6:.0f} µs for a token of {STREAMS} streams.",
+        f"A token of {STREAMS} streams costs the gateway {cost * 1e6:.0f} µs of processor time and {waits:.2f} waits.",
         "It adds "
         + " and ".join(
             f"{statistics.median(row.ours) - statistics.median(row.theirs):.2f} ms ({row.work.partition(', ')[2]})"

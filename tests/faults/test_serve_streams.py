@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 import tempfile
 import threading
@@ -13,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from localmix.serving.connection import UNSENT_BYTES, Connection
 from localmix.serving.engine_client import EngineAddress, EngineState
+from localmix.serving.piping import Pipe
 from localmix.serving.policy import Policy
 from tests.gateways import Front, events, post, read_all, running_gateway
 
@@ -264,25 +267,33 @@ def test_a_client_that_reads_all_of_a_slow_stream_is_not_dropped() -> None:
 
 
 def test_streams_one_after_the_other_wait_for_the_client_too() -> None:
-    turns = iter([HEAD + CHUNK * 40_000 + LAST])
+    turns = itertools.count()
+    seen: list[bool] = []
 
     def act(client: socket.socket) -> None:
-        first = next(turns, None)
-        if first is None:
+        if next(turns):
             engine.flood(client)
-        else:
-            client.sendall(first)
+            return
+        assert front.gateway._server is not None
+        (connection,) = front.gateway._server.connections
+        assert isinstance(connection, Connection) and connection.transport is not None
+        client.sendall(HEAD)
+        sent = 0
+        while connection.transport.get_write_buffer_size() < UNSENT_BYTES - 3000:
+            client.sendall(CHUNK * 10)
+            sent += 10 * len(EVENT)
+            while not isinstance(connection.follower, Pipe) or connection.follower.size < sent:
+                time.sleep(0.0002)
+        client.sendall(CHUNK * 50 + LAST)  # the last that is read fills the buffer
+        wait_for_end(front)
+        seen.append(connection.is_full)
 
     with running(act) as (front, engine), front.open() as client:
         client.sendall(ASKED + ASKED)
-        time.sleep(0.5)
-        assert not front.records
+        assert engine.wait_until_blocked() < 4 << 20
+        assert seen == [True]
         read = 0
-        while not front.records:  # the second begins behind what is unread of the first
-            read += len(client.recv(4096))
-        taken = engine.wait_until_blocked()
-        assert taken < 8 << 20
-        while read < 40_000 * len(CHUNK) + taken + (1 << 20):
+        while read < 6 << 20:
             piece = client.recv(1 << 20)
             assert piece
             read += len(piece)

@@ -21,7 +21,7 @@ import filelock
 
 from localmix import library
 from localmix.errors import FileError, InputError, LocalmixError, UsageError
-from localmix.output import file_error, write_atomically
+from localmix.output import TransientLock, file_error, write_atomically
 
 FORMAT = "localmix-session"
 VERSION = 1
@@ -127,10 +127,11 @@ def claim(name: str) -> Iterator[None]:
         FileError: the folder cannot be made or written to.
     """
     path = path_of(name)
-    lock = filelock.FileLock(path.with_name(f".{path.name}.lock"))
+    lock = TransientLock(path.with_name(f".{path.name}.lock"))
     try:
         folder().mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock.acquire(timeout=0)
+        # one that is just being released looks taken at first
+        lock.acquire(timeout=0.2, poll_interval=0.02)
     except filelock.Timeout:
         raise UsageError(f"The session {name} is open in another chat.", "Close it there first.") from None
     except OSError as error:

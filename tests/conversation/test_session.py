@@ -159,6 +159,7 @@ def test_a_session_belongs_to_one_chat() -> None:
         assert second.open(name) is not None
         first.save(Session("", turns=TURNS))
         assert first.name != name
+    assert not list(session.folder().glob(".*"))  # locks leave with their chats
 
 
 def test_renaming_takes_the_state_along() -> None:

@@ -11,6 +11,7 @@ import dataclasses
 import io
 import json as json_format
 import os
+import shutil
 import sys
 import textwrap
 import threading
@@ -77,11 +78,17 @@ class Console:
         print(_styled(inert(text), style, sys.stdout), file=sys.stdout)
 
     def fields(self, fields: Mapping[str, str]) -> None:
-        """Names and values, one under the other."""
+        """Names and values, one under the other; in a narrow window a value's words go on below its start."""
         width = max(map(len, fields), default=0)
+        room = shutil.get_terminal_size().columns - width - 2 if sys.stdout.isatty() else 0
         for name, value in fields.items():
             label = _styled(f"{inert(name):<{width}}", "dim", sys.stdout)
-            print(f"{label}  {inert(value)}", file=sys.stdout)
+            lines = [inert(value)]
+            if 0 < room < len(lines[0]):
+                # a path stays in one piece, for whoever copies it
+                lines = textwrap.wrap(lines[0], room, break_long_words=False, break_on_hyphens=False)
+            below = "\n" + " " * (width + 2)
+            print(f"{label}  {below.join(lines)}", file=sys.stdout)
 
     def table(self, table: Table, markdown: bool = False, to_messages: bool = False) -> None:
         """A table: drawn, or as Markdown source; on stdout, or on stderr when it belongs to a message."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from localmix.cli.chat_settings import LIMIT, sampling_for, setting_options
+from localmix.cli.chat_settings import LIMIT, setting_options
 from localmix.cli.console import Console
 from localmix.cli.memory_check import placement_options, rpc_option
 from localmix.cli.parameters import FILE, MODEL, examples, json_option, rope_options, threads_option
@@ -173,9 +173,8 @@ def command(
         if system is not None:
             conversation.system = system
         prepare_drawing(raw)
-        loaded = load(console, engine, session.state_path(found.name) if found else None)
+        load(console, engine, session.state_path(found.name) if found else None)
         library.remember(engine.path)
-        conversation.sampling = sampling_for(loaded.own_sampling, chosen)
         talk = Talk(console, conversation, keeper, open_engine, chosen, raw)
         if question is None:
             talk.run()

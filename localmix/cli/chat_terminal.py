@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 # A state that takes longer to write, in seconds, is written when the chat ends and not after every turn.
 _QUICK = 0.5
+
+# What is meant as a command, known or not; paths and comments in code begin with a slash too.
+_COMMAND = re.compile(r"/[\w-]*(?:\s|$)")
 
 OpenEngine = Callable[[str], "Engine"]
 
@@ -77,9 +81,11 @@ class Talk:
         self._prefill = ""
         self._editing = False
         self._was_again = False
+        self._own_sampling: Mapping[str, float] = {}
         self._keeps_states = True
         self._state_is_quick = True
         self._state_is_saved = True
+        self._apply_settings()
 
     @property
     def model_name(self) -> str:
@@ -125,14 +131,14 @@ class Talk:
         from localmix.errors import UsageError
 
         editing, self._editing = self._editing, False
-        if text.startswith("/"):
-            name, _, rest = text.partition(" ")
+        if _COMMAND.match(text):
+            name, *rest = text.split(maxsplit=1)
             if name not in COMMANDS:
                 import difflib
 
                 near = difflib.get_close_matches(name, COMMANDS, n=1)
                 raise UsageError(f"There is no command {name}.", f"Did you mean {near[0]}?" if near else "Try /help.")
-            COMMANDS[name].run(self, rest.strip())
+            COMMANDS[name].run(self, rest[0] if rest else "")
         elif text:
             files = [f"{name}:\n\n```\n{content.rstrip()}\n```\n\n" for name, content in self._attached]
             self._attached = []
@@ -202,6 +208,7 @@ class Talk:
         Raises:
             LocalmixError: it is unknown, does not fit, or cannot be loaded.
         """
+        library.resolve(name, library.Purpose.RUN)  # an unknown name costs nothing
         before = self.conversation.engine
         before.close()  # both together might not fit
         engine = self._open_engine(name)
@@ -306,7 +313,9 @@ class Talk:
 
     def _apply_settings(self) -> None:
         loaded = self.conversation.engine.loaded
-        self.conversation.sampling = sampling_for(loaded.own_sampling if loaded else {}, self._chosen)
+        if loaded is not None:  # else its engine died, and comes back
+            self._own_sampling = loaded.own_sampling
+        self.conversation.sampling = sampling_for(self._own_sampling, self._chosen)
 
     def _greet(self) -> None:
         loaded = self.conversation.engine.loaded

@@ -16,7 +16,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from localmix.cli.chat_terminal import Talk
+from localmix.cli.console import Console
+from localmix.conversation.chat import Conversation, Engine, EngineSettings, Sampling
+from localmix.conversation.session import Keeper
 from tests.commands import CommandLine
+from tests.random_model import write_random_model
 from tests.terminal import Terminal
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="tmux")
@@ -226,6 +231,43 @@ def test_commands_change_the_conversation(terminal: Terminal, localmix: CommandL
     assert "## You\n\nHello you" in (localmix.folder / "talk.md").read_text()
 
 
+def test_what_begins_with_a_slash_and_is_no_command(terminal: Terminal) -> None:
+    start(terminal, "--max-tokens 2")
+    for number, text in enumerate(("// what does this do?", "/usr/bin/env: what is it?"), 1):
+        terminal.type(text)
+        terminal.wait("cut off", times=number)
+    terminal.type("/etc is what?")
+    terminal.wait("There is no command /etc.")
+    terminal.type("/quit")
+    terminal.wait("code=0")
+
+
+def test_help_in_a_narrow_window(terminal: Terminal) -> None:
+    terminal.resize(40, 40)
+    time.sleep(0.5)  # tmux takes its time to tell
+    terminal.type("unset COLUMNS")  # pytest imports readline, which sets it for every child
+    start(terminal)
+    terminal.type("/help")
+    screen = terminal.wait("/quit   ")
+    rows = [line.rstrip() for line in screen.splitlines()]
+    place = rows.index("/file PATH         put a text file in")
+    assert rows[place + 1] == "                   front of the next"
+    terminal.resize(100, 40)
+    terminal.type("/quit")
+    terminal.wait("code=0")
+
+
+def test_a_models_own_settings_outlive_its_engine(tmp_path: Path) -> None:
+    model = write_random_model(tmp_path / "m.gguf", layers=1, experts=0, own={"general.sampling.top_k": 7})
+    with Engine(model, EngineSettings(context=128, threads=1)) as engine, Keeper(saving=False) as keeper:
+        list(engine.load())
+        conversation = Conversation(engine)
+        talk = Talk(Console(), conversation, keeper, lambda name: engine, {})
+        engine.close()
+        talk.choose("temperature", 0.5)
+        assert conversation.sampling == Sampling(temperature=0.5, top_k=7)
+
+
 def test_completion_and_ctrl_d(terminal: Terminal, localmix: CommandLine) -> None:
     start(terminal)
     terminal.press("/", "m", "o", "Tab")
@@ -288,8 +330,10 @@ def test_chinese_models_and_sessions(valley: CommandLine) -> None:
         assert re.search(r"\* tinymix:Q8_0 .* runs well", screen) and re.search(
             r"\n *tinymix:Q4_K_M .* runs well", screen
         )
+        (engine,) = engines(valley)
         terminal.type("/model nobody")
         terminal.wait("There is no model 'nobody'")
+        assert engines(valley) == [engine]
         terminal.type("/quit")
         terminal.wait("code=0")
         terminal.type("clear")

@@ -281,8 +281,9 @@ def _row(subject: Subject, corpus: Corpus, found: Perplexity | None = None) -> Q
 def averages(rows: Sequence[QuantizationRow]) -> list[QuantizationRow]:
     """A row for each model measured on several corpora: every corpus counts the same, whatever its length.
 
-    The perplexity is the geometric mean, which is the perplexity of the mean log-likelihoods. Divergences and
-    shares are arithmetic means of the corpora's, the maximum is the largest. A model that failed on one has none.
+    The perplexity is the geometric mean, which is the perplexity of the mean log-likelihoods. Divergences, shares and
+    times are arithmetic means of the corpora's, the maximum and the memory are the largest. A model that failed on one
+    has none.
     """
     names = list(dict.fromkeys(row.corpus for row in rows))
     groups: dict[Path | None, list[QuantizationRow]] = {}
@@ -303,6 +304,9 @@ def _average(rows: Sequence[QuantizationRow], reference: Sequence[QuantizationRo
     ppl = float(np.exp(np.log(ppls).mean()))
     # standard errors of the mean log-likelihoods, whose mean is that of the average
     deviations = errors / ppls
+    times = [row.prompt_ms_per_token for row in rows if row.prompt_ms_per_token]
+    prompt = statistics.fmean(times) if len(times) == count else None
+    peaks = [row.memory_bytes for row in rows if row.memory_bytes is not None]
     average = replace(
         rows[0],
         corpus=f"average of {count}",
@@ -310,6 +314,9 @@ def _average(rows: Sequence[QuantizationRow], reference: Sequence[QuantizationRo
         error=ppl * float(np.sqrt((deviations**2).sum())) / count,
         tokens=sum(row.tokens for row in rows),
         chunks=sum(row.chunks for row in rows),
+        prompt_ms_per_token=prompt,
+        pp_tps=1000 / prompt if prompt else None,
+        memory_bytes=max(peaks, default=None),
         delta_ppl=None,
         delta_error=None,
         divergence=None,

@@ -160,6 +160,12 @@ def test_averages_count_every_text_the_same() -> None:
     assert model.divergence is not None
     assert model.divergence.error == pytest.approx(math.hypot(0.03, 0.03) / 2)
     assert (model.divergence.mean, model.divergence.maximum) == (pytest.approx(0.1), 400)
+    timed = [
+        replace(one, prompt_ms_per_token=ms, memory_bytes=size)
+        for one, ms, size in zip(rows[:2], (1, 3), (7, 5), strict=True)
+    ]
+    (average,) = averages(timed)
+    assert (average.prompt_ms_per_token, average.pp_tps, average.memory_bytes) == (2, 500, 7)
 
 
 def measured(kind: str, size: int, nll: np.ndarray, divergence: np.ndarray | None = None) -> Measured:

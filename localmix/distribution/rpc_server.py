@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 
 from localmix.distribution.protocol import Endpoint, devices_of
-from localmix.errors import InputError, NetworkError
+from localmix.errors import InputError, NetworkError, UsageError
 from localmix.serving import launcher
 from localmix.serving.server_binary import HOW_TO_GET_IT, built_tools
 from localmix.worker import last_words
@@ -34,6 +34,7 @@ _KEPT_LINES = 100
 
 # "  CUDA0: NVIDIA H200 (143156 MiB, 142500 MiB free)"
 _DEVICE = re.compile(r"^  (\S+): (.+) \((\d+) MiB, (\d+) MiB free\)$")
+_UNKNOWN = re.compile(r"unknown device: (\S+)")
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class RpcServer:
 
     Raises (when entered):
         InputError: it does not start; the sentence holds its reason.
+        UsageError: there is no such device.
     """
 
     def __init__(self, program: Path, *, threads: int, devices: Sequence[str] = (), cache: Path | None = None) -> None:
@@ -185,7 +187,10 @@ class RpcServer:
                 time.sleep(_POLL_SECONDS)
             self.devices = tuple(found)
             return
-        raise InputError(f"{PROGRAM} does not start: {self.words() or 'it says nothing'}.", HOW_TO_GET_IT)
+        words = self.words()
+        if unknown := _UNKNOWN.search(words):
+            raise UsageError(f"This machine has no device {unknown[1]}.", "`localmix doctor` names those that it has.")
+        raise InputError(f"{PROGRAM} does not start: {words or 'it says nothing'}.", HOW_TO_GET_IT)
 
     def _listed(self) -> list[ServedDevice]:
         found = (_DEVICE.match(line) for line in list(self._lines))

@@ -258,8 +258,8 @@ def check_outputs(
         for source in sources:
             if path.exists() and source.exists() and os.path.samefile(path, source):
                 raise UsageError(
-                    f"{path} is the model that is read; writing it would destroy it.",
-                    "Choose another output with -o.",
+                    f"{path} is a file that is read; writing it would destroy it.",
+                    "Choose another output.",
                 )
         _check_kind(path)
         device = folder.stat().st_dev

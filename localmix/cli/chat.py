@@ -284,7 +284,7 @@ def _session(console: Console, keeper: Keeper, go_on: bool, name: str | None) ->
     from localmix.errors import UsageError
 
     if go_on:
-        known = session.find(console.error)
+        known = session.find(lambda error: console.warn(f"{error.message} {error.hint}"))
         if not known:
             raise UsageError("No conversation was saved yet.", "Start one with `localmix chat`.")
         name = known[0].name

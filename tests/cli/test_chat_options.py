@@ -84,8 +84,9 @@ def test_a_conversation_has_no_grammar(localmix: CommandLine) -> None:
 def test_a_damaged_session_is_named_and_the_one_before_goes_on(localmix: CommandLine) -> None:
     localmix("chat", "-p", "Hello", "--session", "good", *QUICK)
     (localmix.home / "sessions" / "bad.json").write_text("{")
-    run = localmix("chat", "-p", "More", "--continue", *QUICK)
+    run = localmix("chat", "-p", "More", "--continue", "--json", *QUICK)
     assert "bad.json is damaged" in run.err
+    assert run.json["text"]  # one document, in spite of that
     assert "bad.json is damaged" in localmix.fails("chat", "-p", "x", "--session", "bad", *QUICK, expect=3)
 
 

@@ -204,7 +204,7 @@ def open_checkpoint(path: Path, *, pre: str | None = None, loras: Sequence[Lora]
     names = list_folder(path)
     config_path = path / CONFIG
     if CONFIG not in names:
-        raise InputError(f"{path} has no {CONFIG}, so it is not a checkpoint.", _hint_without_config(names))
+        raise InputError(f"{path} has no {CONFIG}, so it is not a checkpoint.", _hint_without_config(path, names))
     config: Mapping[str, Any] = read_object(config_path)
     row = find_architecture(config, config_path)
     scheme = read_scheme(config, config_path, row.packed)
@@ -283,13 +283,15 @@ def list_folder(path: Path) -> set[str]:
         raise FileError(f"{path} cannot be opened: {error.strerror or error}.") from error
 
 
-def _hint_without_config(names: set[str]) -> str:
+def _hint_without_config(path: Path, names: set[str]) -> str:
     """The next step for the folders that are taken for a checkpoint most often."""
     if "adapter_config.json" in names:
         return "It is a LoRA adapter: give the folder of its base model, and this one with --lora."
     if any(name.endswith(".gguf") for name in names):
         return "To use a GGUF file, give the file itself."
-    return _DOWNLOAD
+    # a folder of models, or how the hub's cache keeps one
+    below = [found for level in ("*", "snapshots/*") for found in path.glob(f"{level}/{CONFIG}") if found.is_file()]
+    return f"Give {max(below, key=os.path.getmtime).parent}." if below else _DOWNLOAD
 
 
 def open_shards(path: Path, names: set[str], opened: ExitStack) -> list[Shard]:

@@ -268,6 +268,16 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
     assert "--lora" in caught.value.hint
 
 
+def test_a_folder_above_the_checkpoint_names_it(folder: Path) -> None:
+    snapshot = folder.parent / "models--org--fox" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    shutil.move(folder / "config.json", snapshot)
+    for above in snapshot.parents[:2]:
+        with pytest.raises(InputError, match=r"has no config\.json") as caught:
+            open_checkpoint(above)
+        assert caught.value.hint == f"Give {snapshot}."
+
+
 def test_hostile_config_costs_nothing(tmp_path: Path) -> None:
     """The largest counts that are let through are still answered at once and in little memory."""
     import time

@@ -46,12 +46,13 @@ def command(repository: str, revision: str | None, include: tuple[str, ...], jso
     fetched = sum(file.bytes for file in pulled.files if file.fetched)
 
     def draw() -> None:
+        files = "1 file, checked" if len(pulled.files) == 1 else f"{len(pulled.files)} files, all checked"
         here = "" if fetched == pulled.bytes else f", {size(pulled.bytes - fetched)} of it was here already"
         console.fields(
             {
                 "path": str(pulled.path),
                 "model": f"{pulled.name}, from {pulled.repository} at {pulled.commit[:12]}",
-                "size": f"{size(pulled.bytes)} in {len(pulled.files)} files, all checked{here}",
+                "size": f"{size(pulled.bytes)} in {files}{here}",
             }
         )
 

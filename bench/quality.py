@@ -53,7 +53,6 @@ METHODS = {
     "probes": "class probes",
     "layers": "layer probes",
     "priors": "priors",
-    "free": "priors, all types",
     "alike": "relative error alone",
     "pinned": "class probes, output and token_embd as in the preset",
 }
@@ -129,13 +128,11 @@ class Bench:
         names = [tensor.name for tensor in self._source.tensors]
         measured = read_measured(model.sensitivities).sensitivities()
         classes = Sensitivities(measured.by_class, origin="class probes")
-        others = shipped_priors(names, without=model.name, priors=priors)
         self._sensitivities = {
             "probes": classes,
             "pinned": classes,
             "layers": measured,
-            "priors": others,
-            "free": others,
+            "priors": shipped_priors(names, without=model.name, priors=priors),
             "alike": Sensitivities(dict.fromkeys(measured.by_class, Curve(1, 1)), origin="all tensors alike"),
         }
         self._errors: Errors | None = None
@@ -155,10 +152,8 @@ class Bench:
                 self._measure(f"{key}/{method}", chosen.preset, told)
 
     def _terms(self, preset: Preset, method: str) -> Terms:
-        if method == "priors":  # as `quantize --target` has it
-            return Terms(least_bits=2.0)
         if method != "pinned":
-            return Terms(least_bits=0.0)
+            return Terms()
         planned = Planner(self._source).plan(preset, has_imatrix=True).tensors
         types = {tensor.info.name: tensor.type for tensor in planned}
         return Terms(output=types["output.weight"], embedding=types["token_embd.weight"])

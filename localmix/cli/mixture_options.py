@@ -142,8 +142,8 @@ def mixture_options(function: Command) -> Command:
         "--types",
         "choice",
         metavar="fast|k|all|TYPE,…",
-        help="With --target: types to choose from. fast: a mixture no slower here than K-quants; k: K-quants; all:"
-        " also those below 2 bits, which without --sensitivity are else taken only where nothing else fits.",
+        help="With --target: types to choose from, all by default. fast: a mixture no slower here than K-quants;"
+        " k: K-quants.",
     )
     @functools.wraps(function)
     def wrapped(
@@ -168,7 +168,6 @@ def mixture_options(function: Command) -> Command:
         terms = Terms(
             types=_parse_types(choice),
             minima=tuple(parse_rule(minimum) for minimum in minima),
-            least_bits=0.0 if choice == "all" else None,
         )
         request = Request(terms, sensitivity)
         wanted = dict.fromkeys(parse_target(target) for target in targets)

@@ -25,7 +25,7 @@ from localmix.optimization.target import Target
 from localmix.plan import COPY, Plan
 from localmix.presets import Preset, Presets, Recipe
 from localmix.sources.base import TensorInfo
-from localmix.tensor_types import FLOAT_TYPES, TensorType, bits
+from localmix.tensor_types import FLOAT_TYPES, TensorType
 
 # An output that stays this much below its target is worth a word.
 WORTH_A_WORD = 0.005
@@ -147,21 +147,11 @@ class Chooser:
             for column, kind in enumerate(kinds):
                 self._losses[row, column] = self._damage(tensor, kind)
                 self._seconds[row, column] = self._time(tensor, kind)
-        self._cautious = self._without_small_types()
         self._candidates = [
             found for preset in presets.presets.values() if (found := self._candidate(preset)) is not None
         ]
         self._candidates.sort(key=lambda candidate: -candidate.rated.bytes)
         self.rated = [candidate.rated for candidate in self._candidates]
-
-    def _without_small_types(self) -> Losses:
-        """What the options lose, without those of fewer than the least bits where every tensor has others."""
-        least = self._freedom.terms.least_bits or 0.0
-        small = np.zeros(self._losses.shape, bool)
-        for row, kinds in enumerate(self._options):
-            small[row, : len(kinds)] = [bits(kind) < least for kind in kinds]
-        losses: Losses = np.where(small, np.inf, self._losses)
-        return losses if small.any() and np.isfinite(losses).any(axis=1).all() else self._losses
 
     def _damage(self, tensor: TensorInfo, kind: TensorType) -> float:
         # a plain type whose error was not asked for is the user's own wish
@@ -235,20 +225,12 @@ class Chooser:
         name = base.preset.base if base is not None else "Q8_0"
         sizes = self._sizes(target)
         notes: list[str] = []
-        losses = self._cautious
-        found = self._make(target, name, sizes, _smallest(sizes, losses))
-        if found.counted > limit and losses is not self._losses:
-            losses = self._losses
-            found = self._make(target, name, sizes, _smallest(sizes, losses))
-            notes.append(
-                f"{target.name} needs types of less than {freedom.terms.least_bits:g} bits. What they do depends much"
-                " on the model: measure it with `localmix sensitivity`."
-            )
+        found = self._make(target, name, sizes, _smallest(sizes, self._losses))
         if found.counted > limit and best is None:
             raise self._too_small(target, found)
         beside = found.counted - found.free  # known better with each pass: the head tells the types
         for _ in range(_PASSES):
-            options = self._solve(sizes, losses, limit - beside, best, seconds)
+            options = self._solve(sizes, limit - beside, best, seconds)
             if options is None:
                 break
             tried = self._make(target, name, sizes, options)
@@ -267,7 +249,7 @@ class Chooser:
             preset, plan = found.preset, found.plan
         counted = target.measure(plan)
         if counted < limit * (1 - WORTH_A_WORD):
-            all_best = bool((_taken(losses, found.options) <= losses.min(axis=1)).all())
+            all_best = bool((_taken(self._losses, found.options) <= self._losses.min(axis=1)).all())
             reason = "every tensor has the best of its types" if all_best else "no better type fits what is left"
             notes.append(f"{target.name}: the output stays {100 * (1 - counted / limit):.1f} % below: {reason}.")
         return Chosen(target, preset, plan, rated, best.rated if best is not None else None, tuple(notes))
@@ -326,12 +308,12 @@ class Chooser:
         free = int(sizes[np.arange(len(options)), options].sum())
         return _Found(options, types, preset, plan, free, target.measure(plan))
 
-    def _solve(self, sizes: Sizes, losses: Losses, room: int, best: _Candidate | None, seconds: float) -> Choice | None:
+    def _solve(self, sizes: Sizes, room: int, best: _Candidate | None, seconds: float) -> Choice | None:
         """Options of the free tensors for so many bytes, and so many seconds of a token."""
-        rows = np.arange(len(sizes))
+        rows, losses = np.arange(len(sizes)), self._losses
         start = self._options_of(best) if best is not None else None
-        # it has a type that is avoided, or is too large by no more than the recipe takes in the head
-        if start is not None and (np.isinf(_taken(losses, start)).any() or int(sizes[rows, start].sum()) > room):
+        # too large by no more than the recipe takes in the head
+        if start is not None and int(sizes[rows, start].sum()) > room:
             start = None
         if seconds == math.inf or not self._seconds.any():
             return _solve_twice(sizes, losses, room, start)
@@ -375,7 +357,7 @@ class Chooser:
                 f" and {target.name} are left.",
                 hint if self._freedom.has_imatrix else f"{hint} {more}",
             )
-        if replace(self._freedom.terms, least_bits=None) != Terms():
+        if self._freedom.terms != Terms():
             hint = "Allow smaller types."
         elif not self._freedom.has_imatrix:
             hint = more

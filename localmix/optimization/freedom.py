@@ -54,8 +54,6 @@ class Terms:
         minima: tensors that match a pattern get no type of fewer bits than this one; the first match decides.
         rules: types that tensors have by name; they are not chosen.
         output, embedding: types of output.weight and token_embd.weight, likewise.
-        least_bits: types of fewer bits are chosen only where the target is too small for a mixture without them; None
-            for what suits the sensitivities, see `optimizer.optimize`.
     """
 
     types: tuple[TensorType, ...] | None = None
@@ -63,7 +61,6 @@ class Terms:
     rules: tuple[Rule, ...] = ()
     output: TensorType | None = None
     embedding: TensorType | None = None
-    least_bits: float | None = None
 
 
 class Freedom:

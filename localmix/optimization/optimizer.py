@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from localmix.importance import Importance
@@ -17,10 +17,6 @@ from localmix.presets import Preset, load_presets
 from localmix.sources.base import Source
 from localmix.sources.positional import is_stand_in
 from localmix.tensor_types import TensorType
-
-# Below this, models differ so much that priors mislead (docs/quality.md): a mixture chosen by them has no such type,
-# unless the target is too small for one without.
-PRIORS_LEAST_BITS = 2.0
 
 
 @dataclass(frozen=True)
@@ -86,11 +82,7 @@ def optimize(
         UsageError: a target is out of reach, or a rule or minimum is wrong.
     """
     request = request or Request()
-    terms = request.terms
-    if terms.least_bits is None:
-        by_priors = request.sensitivities is None and terms.types is None
-        terms = replace(terms, least_bits=PRIORS_LEAST_BITS if by_priors else 0.0)
-    freedom = Freedom(source, terms, importance=importance, has_imatrix=has_imatrix, split_bytes=split_bytes)
+    freedom = Freedom(source, request.terms, importance=importance, has_imatrix=has_imatrix, split_bytes=split_bytes)
     if not allow_requantize:
         check_quantizable(freedom.plan(Preset("Q4_0", "Q4_0", pure=True)), source)
     sensitivities = _sensitivities(freedom, request.sensitivities)

@@ -12,9 +12,8 @@ from localmix.errors import InputError, UsageError
 from localmix.gguf_format import read_header
 from localmix.importance import Entry, Importance, write_importance
 from localmix.native.model import Model
-from localmix.optimization.choice import Chooser, Chosen
+from localmix.optimization.choice import Chooser
 from localmix.optimization.freedom import K_TYPES, TYPES, Freedom, Terms
-from localmix.optimization.optimizer import Request, optimize
 from localmix.optimization.recipe import describe_rules
 from localmix.optimization.sampled_error import can_hold, relative_errors
 from localmix.optimization.target import parse_target
@@ -200,35 +199,6 @@ def test_columns_that_fit_none_of_the_given_types_get_another(tmp_path: Path) ->
     assert types["blk.0.ffn_up_exps.weight"] in (TensorType.Q2_K, TensorType.Q4_K)
     assert types["blk.0.ffn_down_exps.weight"] in TYPES
     assert types["blk.0.ffn_down_exps.weight"] not in (TensorType.Q2_K, TensorType.Q4_K)
-
-
-def smallest_bits(chosen: Chosen) -> float:
-    return min(tensor.bytes * 8 / tensor.info.elements for tensor in chosen.plan.tensors)
-
-
-def test_small_types_are_avoided_until_the_target_is_too_small_without(tinymix: Source, usual: Chooser) -> None:
-    cautious = chooser(tinymix, Terms(least_bits=2.0))
-    smaller = 0
-    for preset in usual.rated:
-        target = parse_target(f"{preset.bytes}B")
-        chosen, free = cautious.choose(target), usual.choose(target)
-        assert chosen.best_preset is not None
-        assert chosen.rated.damage <= chosen.best_preset.damage
-        assert (smallest_bits(chosen) < 2) == ("less than 2 bits" in " ".join(chosen.notes))
-        smaller += smallest_bits(free) < 2
-    assert smaller > 2
-    beyond = cautious.choose(parse_target("2.1bpw"))
-    assert smallest_bits(beyond) < 2 and "less than 2 bits" in beyond.notes[0]
-
-
-def test_priors_alone_avoid_types_below_two_bits(tinymix: Source) -> None:
-    target = parse_target("2.3bpw")
-    importance = importance_of(tinymix)
-    by_priors = optimize(tinymix, [target], importance=importance).mixtures[0]
-    allowed = optimize(tinymix, [target], Request(Terms(least_bits=0.0)), importance=importance).mixtures[0]
-    named = optimize(tinymix, [target], Request(Terms(types=TYPES)), importance=importance).mixtures[0]
-    assert smallest_bits(by_priors) > 2 > smallest_bits(allowed) == smallest_bits(named)
-    assert allowed.rated.damage < by_priors.rated.damage
 
 
 def test_with_speeds_it_is_no_slower_than_the_best_k_quant_of_its_size(tinymix: Source) -> None:

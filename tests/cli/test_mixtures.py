@@ -198,12 +198,16 @@ def test_what_cannot_be_is_told(
     assert not list((localmix.home / "fox").glob("*bpw*"))
 
 
-def test_a_recipe_of_another_model_is_refused(localmix: CommandLine, measured: Path, random_model: Path) -> None:
+def test_a_recipe_of_another_model_is_refused_and_one_beside_pure(
+    localmix: CommandLine, measured: Path, random_model: Path
+) -> None:
     localmix(
         *("quantize", "fox", "--target", "4.5bpw", "--sensitivity", measured, "--dry-run"),
         *("--save-recipe", "recipe.yaml"),
     )
     text = (localmix.folder / "recipe.yaml").read_text()
+    told = localmix.fails("quantize", "4.50bpw", "fox", "--presets", "recipe.yaml", "--pure", expect=2)
+    assert "the recipe 4.50bpw names" in told
     (localmix.folder / "recipe.yaml").write_text(text.replace("tensors: 16", "tensors: 37"))
     told = localmix.fails("quantize", "4.50bpw", "fox", "--presets", "recipe.yaml", expect=3)
     assert "of another model" in told

@@ -172,9 +172,16 @@ def test_the_child_ignores_sigint_and_never_imports_main() -> None:
 
 
 def test_the_child_is_light() -> None:
-    no_backtrace, modules = run(worker_jobs.own_environment)
-    assert no_backtrace == "1"
+    environment, modules = run(worker_jobs.own_environment)
+    assert environment["GGML_NO_BACKTRACE"] == "1"
     assert not {"numpy", "llama_cpp", "rich", "click", "multiprocessing"} & set(modules)
+
+
+def test_the_childs_threads_wait_as_the_user_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    assert run(worker_jobs.own_environment)[0]["GOMP_SPINCOUNT"] == "2000"
+    monkeypatch.setenv("GOMP_SPINCOUNT", "5")
+    assert run(worker_jobs.own_environment)[0]["GOMP_SPINCOUNT"] == "5"
 
 
 PARENT = """

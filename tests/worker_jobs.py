@@ -97,8 +97,8 @@ def report_signals(channel: Channel) -> tuple[bool, bool]:
     return signal.getsignal(signal.SIGINT) == signal.SIG_IGN, "__mp_main__" in sys.modules
 
 
-def own_environment(channel: Channel) -> tuple[str | None, list[str]]:
-    return os.environ.get("GGML_NO_BACKTRACE"), sorted(sys.modules)
+def own_environment(channel: Channel) -> tuple[dict[str, str], list[str]]:
+    return dict(os.environ), sorted(sys.modules)
 
 
 def load_native(channel: Channel) -> float:

@@ -263,10 +263,12 @@ def check_outputs(
                 )
         _check_kind(path)
         device = folder.stat().st_dev
-        needed[device] = folder, needed.get(device, (folder, 0))[1] + size - _already_taken(path)
+        first, taken = needed.get(device, (folder, 0))
+        needed[device] = first, taken + size - _already_taken(path)
     for folder, size in staged:
         device = folder.stat().st_dev
-        needed[device] = folder, needed.get(device, (folder, 0))[1] + size
+        first, taken = needed.get(device, (folder, 0))
+        needed[device] = first, taken + size
     for folder, size in needed.values():
         free = shutil.disk_usage(folder).free
         if size > free:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -185,3 +186,6 @@ def test_too_little_space_is_found_before_the_work(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=2 << 10))
     with pytest.raises(CapacityError, match=r"has 2.0 KiB free, and the output takes 3.0 KiB\."):
         check_outputs([(tmp_path / "a", 1 << 10), (tmp_path / "b", 2 << 10)], [])
+    (tmp_path / ".on-its-way").mkdir()
+    with pytest.raises(CapacityError, match=f"^{re.escape(str(tmp_path))} has .* with the shards on their way"):
+        check_outputs([(tmp_path / "a", 1 << 10)], [], [(tmp_path / ".on-its-way", 2 << 10)])

@@ -28,6 +28,7 @@ from localmix.architectures import ARCHITECTURES
 from localmix.errors import CapacityError, FileError, InputError
 from localmix.native.devices import default_threads
 from localmix.output import OutputFile, file_error, lock_for
+from localmix.presentation.table import size as readable
 from localmix.sources.adapter import Adapter, Lora, is_embedding
 from localmix.sources.checkpoint import CONFIG, INDEX, list_folder, open_adapters, open_shards, tokenizer_folder
 from localmix.sources.documents import DOCUMENT_LIMIT, read_object, shown
@@ -352,7 +353,7 @@ def _check_room(output: Path, size: int) -> None:
     free = shutil.disk_usage(output.parent).free
     if needed > free:
         raise CapacityError(
-            f"{output.parent} has {free / 2**30:.2f} GiB free, and {output.name} takes {needed / 2**30:.2f} GiB.",
+            f"{output.parent} has {readable(free)} free, and {output.name} takes {readable(needed)}.",
             "Free some space, or choose another folder with -o.",
         )
 

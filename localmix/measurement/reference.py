@@ -31,6 +31,7 @@ from localmix.errors import CapacityError, FileError, InputError, LocalmixError
 from localmix.measurement.corpus import Corpus
 from localmix.measurement.perplexity import BATCH, ENGINE, MICRO_BATCH, Conditions, Part, Tally
 from localmix.output import OutputFile, file_error, write_atomically
+from localmix.presentation.table import size as readable
 from localmix.sources.positional import PositionalFile
 from localmix.worker import Report
 
@@ -128,8 +129,7 @@ class Cache:
         """
         if size > self.limit:
             raise CapacityError(
-                f"The reference's logits take {size / 2**30:.2f} GiB, and the cache's limit is"
-                f" {self.limit / 2**30:.2f} GiB.",
+                f"The reference's logits take {readable(size)}, and the cache's limit is {readable(self.limit)}.",
                 "Raise it with --cache-limit, or measure fewer chunks.",
             )
         try:
@@ -148,8 +148,8 @@ class Cache:
         free = self._free()
         if free < size + MARGIN or total + size > self.limit:
             raise CapacityError(
-                f"{self.folder} has {free / 2**30:.2f} GiB free, and the reference's logits take"
-                f" {size / 2**30:.2f} GiB; {MARGIN / 2**30:g} GiB are left for others.",
+                f"{self.folder} has {readable(free)} free, and the reference's logits take {readable(size)};"
+                f" {readable(MARGIN)} are left for others.",
                 "Free some space, or measure fewer chunks.",
             )
 

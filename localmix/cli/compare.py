@@ -10,7 +10,7 @@ import click
 from localmix.cli.console import Console
 from localmix.cli.memory_check import placement_options
 from localmix.cli.parameters import MODEL, examples, json_option, markdown_option, rope_options, threads_option
-from localmix.cli.ppl import LEAST_CONTEXT, cache_options, failure, placer
+from localmix.cli.ppl import LEAST_CONTEXT, cache_options, placer, warn
 
 if TYPE_CHECKING:
     from localmix.measurement.comparison import Measured
@@ -118,9 +118,5 @@ def command(
         console.result({"ctx": ctx, **asdict(provenance), "rows": rows, "verdict": verdict}, draw)
         if verdict is not None and not verdict.better and verdict.kld_difference is None:
             console.note("--kld with the original of both tells smaller differences apart.")
-        for note in sorted({note for one in done if one.perplexity for note in one.perplexity.notes}):
-            console.warn(note)
-        for one in done:
-            if one.row.failed:
-                console.warn(failure(one.row))
+        warn(console, done)
         return InputError.exit_code if verdict is None else 0

@@ -213,19 +213,18 @@ def command(
             return code
         done = _measure_table(outputs, subjects, texts, conditions, speed, compared, cache, beside, child)
         library.remember(paths)
-        for note in sorted({note for measured in done if measured.perplexity for note in measured.perplexity.notes}):
-            console.warn(note)
-        for measured in done:
-            if measured.row.failed:
-                console.warn(failure(measured.row))
+        warn(console, done)
         return InputError.exit_code if any(measured.row.failed for measured in done) else 0
 
 
-def failure(row: QuantizationRow) -> str:
-    """Why a row has no numbers, with the name of its file."""
-    name = row.path.name if row.path else row.title
-    reason = row.failure or "the perplexity is not a number."
-    return reason if name in reason else f"{name}: {reason}"
+def warn(console: Console, done: Sequence[Measured]) -> None:
+    """Say what is unusual about the rows of a table, and why some have no numbers."""
+    for note in sorted({note for measured in done if measured.perplexity for note in measured.perplexity.notes}):
+        console.warn(note)
+    for row in (measured.row for measured in done if measured.row.failed):
+        name = row.path.name if row.path else row.title
+        reason = row.failure or "the perplexity is not a number."
+        console.warn(reason if name in reason else f"{name}: {reason}")
 
 
 def placer(

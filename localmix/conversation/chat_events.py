@@ -80,17 +80,13 @@ class Loaded:
         has_template: whether there is a chat template; without one the model continues the text.
         restored_tokens: tokens whose keys and values came out of a state file.
         own_sampling: the fields of `Sampling` that the model sets itself, for `Sampling.for_model`.
-        templates: names of the further templates that the model brings.
     """
 
-    description: str
     context: int
     trained_context: int
     has_template: bool
-    seconds: float
     restored_tokens: int = 0
     own_sampling: Mapping[str, float] = field(default_factory=dict)
-    templates: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,6 @@ def _serve(channel: Channel, number: int, opening: Open) -> None:
     from localmix.tensor_types import TensorType
 
     settings = opening.settings
-    started = time.monotonic()
     shown = -1.0
 
     def report(share: float) -> None:
@@ -102,7 +101,7 @@ def _serve(channel: Channel, number: int, opening: Open) -> None:
         if settings.draft is not None and settings.draft.model is not None:
             draft = load(settings.draft.model, settings.draft.placement or settings.placement, None)
         desk = _Desk(channel, settings, context, draft)
-        channel.emit(Answer(number, desk.loaded(opening.state, started)))
+        channel.emit(Answer(number, desk.loaded(opening.state)))
         while True:
             request = channel.receive()
             try:
@@ -155,7 +154,7 @@ class _Desk:
             "template": hashlib.sha256((self._template or "").encode()).hexdigest(),
         }
 
-    def loaded(self, state: Path | None, started: float) -> Loaded:
+    def loaded(self, state: Path | None) -> Loaded:
         """What was loaded, with the cache filled from a state file if there is a fitting one."""
         restored = 0
         if state is not None:
@@ -163,14 +162,11 @@ class _Desk:
             if file is not None and file.tokens <= self._context.length and self._cache.restore(state):
                 restored = file.tokens
         return Loaded(
-            description=self._model.description,
             context=self._context.length,
             trained_context=self._model.trained_context,
             has_template=self._template is not None,
-            seconds=time.monotonic() - started,
             restored_tokens=restored,
             own_sampling=self._own_sampling,
-            templates=self._templates,
         )
 
     def _choose_template(self, settings: EngineSettings) -> str | None:
@@ -203,7 +199,7 @@ class _Desk:
                 saved = StateSaved(tokens, file.bytes)
             send(saved)
         else:
-            send(self.loaded(content.path, time.monotonic()))
+            send(self.loaded(content.path))
 
     def _reply(self, ask: Ask, send: Callable[[Event], None]) -> None:
         """Render, read and generate one reply, sending each piece as it comes."""

@@ -408,10 +408,6 @@ def _times(low: int, high: int | None) -> str:
     return f"{{{low},{high}}}"
 
 
-def _group(expression: str) -> str:
-    return f"({expression})" if " " in expression else expression
-
-
 def _unsupported(key: str, place: str) -> UsageError:
     return UsageError(f"The schema asks for `{key}` at {place}, which is not supported.")
 

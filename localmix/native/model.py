@@ -54,7 +54,6 @@ class Vocabulary:
     bos: int
     eos: int
     eot: int
-    newline: int
     add_bos: bool
     add_eos: bool
 
@@ -148,7 +147,6 @@ class Model:
             bos=llama.llama_vocab_bos(self._vocab),
             eos=llama.llama_vocab_eos(self._vocab),
             eot=llama.llama_vocab_eot(self._vocab),
-            newline=llama.llama_vocab_nl(self._vocab),
             add_bos=llama.llama_vocab_get_add_bos(self._vocab),
             add_eos=llama.llama_vocab_get_add_eos(self._vocab),
         )
@@ -538,10 +536,6 @@ class Sampler:
     def accept(self, token: int) -> None:
         """Count a token that was not sampled here (of the prompt, say) as recent."""
         api().llama_sampler_accept(self._chain, token)
-
-    def reset(self) -> None:
-        """Forget the recent tokens, and start the random numbers again."""
-        api().llama_sampler_reset(self._chain)
 
 
 class TokenSource(Protocol):

@@ -300,7 +300,7 @@ def test_what_the_model_says_about_itself(tmp_path: Path) -> None:
     for name in (None, "short"):
         with Engine(path, EngineSettings(context=256, threads=1, template_name=name)) as engine:
             *_, loaded = engine.load()
-            assert isinstance(loaded, Loaded) and loaded.templates == ("short",)
+            assert isinstance(loaded, Loaded)
             assert loaded.own_sampling == {"temperature": 0.75, "top_k": 7}
             assert Sampling.for_model(loaded.own_sampling) == Sampling(temperature=0.75, top_k=7)
             tokens[name] = ask(Conversation(engine, limit=1), "abc").prompt_tokens

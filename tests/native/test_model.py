@@ -109,8 +109,6 @@ def test_the_repeat_penalty_sees_accepted_tokens(model: Model, context: Context)
     with Sampler(model, Sampling(temperature=0, repeat_penalty=100)) as sampler:
         sampler.accept(largest)
         assert sampler.sample(context) != largest
-        sampler.reset()
-        assert sampler.sample(context) == largest
 
 
 def test_a_fed_text_reuses_its_common_start(model: Model, context: Context) -> None:

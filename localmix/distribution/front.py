@@ -292,6 +292,7 @@ class _Visit:
                 try:
                     self._client.sendall(piece)
                 except OSError as error:
+                    self._left = True
                     self._lose(error)
                     break
                 self._sent += len(piece)

@@ -6,6 +6,7 @@ import contextlib
 import queue
 import signal
 import socket
+import struct
 import time
 from collections.abc import Iterator
 
@@ -154,6 +155,23 @@ def test_who_watches_is_told_how_the_server_fares() -> None:
                 watch.sendall(b"?")
                 told = watch.recv(1)
             assert told == answer
+
+
+def test_a_client_that_dies_while_it_is_answered_is_no_fault_of_the_server() -> None:
+    with fronted() as (endpoint, server, events):
+        assert server._process is not None
+        with connect(endpoint) as client:
+            allocate(client, MIB)
+            server._process.send_signal(signal.SIGSTOP)
+            client.settimeout(0.5)
+            with contextlib.suppress(TimeoutError):  # until nothing more can be on its way
+                while True:
+                    client.sendall(10_000 * (bytes([15]) + bytes(8)))
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        server._process.send_signal(signal.SIGCONT)
+        assert events.get(timeout=5) == front.Came("127.0.0.1")
+        left = events.get(timeout=10)
+        assert isinstance(left, front.Left) and left.reason == ""
 
 
 def test_nonsense_ends_the_visit_and_nothing_else() -> None:

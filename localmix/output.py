@@ -30,10 +30,15 @@ RESUMABLE = (KeyboardInterrupt, NetworkError, CapacityError, FileError)
 
 def file_error(error: OSError, path: Path, action: str) -> LocalmixError:
     """The sentence for an operating-system error while doing `action` (a verb: "write") to `path`."""
-    if error.errno in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)):
+    if error.errno == errno.EFBIG:
+        return CapacityError(
+            f"{path} becomes larger than its file system allows; FAT32 allows 4 GiB.",
+            "Choose another folder, or smaller files with `quantize --split-max-size 4GB`.",
+        )
+    if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
         return CapacityError(
             f"There is no space left to {action} {path}.",
-            "Free some space, or choose another folder with -o.",
+            "Free some space, or choose another folder.",
         )
     return FileError(f"Cannot {action} {path}: {error.strerror or error}.")
 
@@ -250,7 +255,7 @@ def check_outputs(
         if not folder.is_dir():
             raise FileError(f"The folder {folder} does not exist.", f"Make it with `mkdir -p {folder}`.")
         if path.is_dir():
-            raise FileError(f"{path} is a folder, and the output is a file.", "Name a file with -o.")
+            raise FileError(f"{path} is a folder, and the output is a file.", "Name a file.")
         name = folder.resolve() / path.name
         if name in seen:
             raise UsageError(f"Two outputs have the name {path}.", "Give each type a file of its own.")
@@ -277,14 +282,14 @@ def check_outputs(
             raise CapacityError(
                 f"{folder} has {readable(free)} free, and the output takes {readable(size)}"
                 f"{' with the shards on their way' if staged else ''}.",
-                "Free some space, or choose another folder with -o.",
+                "Free some space, or choose another folder.",
             )
 
 
 def _check_kind(path: Path) -> None:
     """Refuse to put a file in the place of something else: the rename would replace a device or a link itself."""
     if path.name == "-":
-        raise UsageError("An output is a file: it is written in many places at once.", "Name a file with -o.")
+        raise UsageError("An output is a file: it is written in many places at once.", "Name a file.")
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:
@@ -292,9 +297,9 @@ def _check_kind(path: Path) -> None:
     except OSError as error:
         raise file_error(error, path, "write") from error
     if stat.S_ISLNK(mode):
-        raise FileError(f"{path} is a symbolic link.", f"Name its target with -o: {os.path.realpath(path)}.")
+        raise FileError(f"{path} is a symbolic link.", f"Name its target: {os.path.realpath(path)}.")
     if not stat.S_ISREG(mode):
-        raise FileError(f"{path} is no regular file.", "Name a file with -o.")
+        raise FileError(f"{path} is no regular file.", "Name a file.")
 
 
 def _already_taken(path: Path) -> int:
@@ -330,7 +335,7 @@ def lock_for(path: Path) -> filelock.BaseFileLock:
             return lock
         except filelock.Timeout:
             raise FileError(
-                f"Another run is writing {path}.", "Wait for it to end, or choose another output with -o."
+                f"Another run is writing {path}.", "Wait for it to end, or choose another output."
             ) from None
         except OSError as error:
             refused = file_error(error, folder, "write")

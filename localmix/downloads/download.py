@@ -187,7 +187,10 @@ def fetch(
 def _disk_error(error: OSError, path: Path) -> LocalmixError:
     told = file_error(error, path, "write")
     if isinstance(told, CapacityError):
-        return CapacityError(told.message, "Free some space; the same command goes on where this one stopped.")
+        return CapacityError(
+            told.message,
+            "Make room; the same command goes on where this one stopped. LOCALMIX_HOME may name another disk.",
+        )
     return told
 
 

@@ -114,7 +114,7 @@ def test_a_disk_that_gets_full_is_4_and_what_came_stays(localmix: CommandLine, s
     run = localmix.popen("pull", NAME, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
     _, err = run.communicate(timeout=60)
     assert run.returncode == 4, err
-    assert "There is no space left" in err
+    assert "larger than its file system allows" in err
     assert "goes on where this one stopped" in err
     localmix("pull", NAME)
 

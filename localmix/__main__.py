@@ -11,16 +11,14 @@ from __future__ import annotations
 import errno
 import io
 import os
-import signal
 import sys
 
-from localmix.cli import Terminated
+from localmix.cli.signals import ignore_signals, raise_on_signals
 from localmix.errors import CapacityError, FileError, Interrupted, LocalmixError, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from types import FrameType
 
 BUG = 70
 
@@ -44,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code; `arguments` are those after the program's name."""
     words: list[str] = []
     try:
-        _stop_politely()
+        raise_on_signals()
         words += sys.argv[1:] if arguments is None else arguments
         _prepare_streams()
         code = _run(words)
@@ -108,7 +106,7 @@ def _file_system_error(error: OSError) -> LocalmixError | None:
 
 
 def _report(error: LocalmixError, words: Sequence[str]) -> int:
-    _ignore_signals()
+    ignore_signals()
     from localmix.cli.console import Console
 
     as_json = "--json" in (words[: words.index("--")] if "--" in words else words)
@@ -135,29 +133,6 @@ def _report_bug() -> int:
     traceback.print_exc()
     print("This is a bug in localmix. Please report it with the lines above.", file=sys.stderr)
     return BUG
-
-
-def _stop_politely() -> None:
-    """SIGTERM and a closed terminal stop a run the way Ctrl-C does, so that it cleans up behind itself."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        _ignore_signals()
-        raise KeyboardInterrupt if number == signal.SIGINT else Terminated
-
-    for number in _stop_signals():
-        # a parent that ignores the signal (nohup) wants it ignored
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, interrupt)
-
-
-def _ignore_signals() -> None:
-    """From the first signal or error on: a second one must not cut the clean-up and the report short."""
-    for number in _stop_signals():
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _stop_signals() -> list[signal.Signals]:
-    return [number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP")]
 
 
 def _prepare_streams() -> None:

@@ -213,7 +213,8 @@ class Worker:
         if subject is None:
             subject = next((value for value in args if isinstance(value, Path)), None)
         self.subject = str(subject) if subject is not None else ""
-        self._events: queue.Queue[tuple[str, Any]] = queue.Queue()
+        # simple: a signal in the middle of a Queue's get leaves it locked, and its reader waits for ever
+        self._events: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._sent = 0
         self._logged = 0
         self._finished = False

@@ -162,9 +162,10 @@ def test_more_signals_do_not_disturb_the_end(localmix: CommandLine, number: sign
     process = localmix.popen("chat", "-p", "x", "--threads", "1", stdout=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.read(1)  # the reply has begun
-    while process.poll() is None:
+    end = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < end:
         process.send_signal(number)
-    assert process.communicate()[1].strip() == "Stopped."
+    assert process.communicate(timeout=1)[1].strip() == "Stopped."
     assert process.returncode == 130
 
 

@@ -62,6 +62,7 @@ class Prompt:
             completer=_Commands(commands),
             complete_while_typing=Condition(_is_command),
             reserve_space_for_menu=_MENU_LINES,
+            enable_suspend=True,  # else Ctrl-Z becomes a part of the question
             bottom_toolbar=self._toolbar,
             style=_STYLE,
             # stdout may be a file; without an output of its own prompt_toolkit spares a dumb terminal its escapes

@@ -242,6 +242,20 @@ def test_what_begins_with_a_slash_and_is_no_command(terminal: Terminal) -> None:
     terminal.wait("code=0")
 
 
+def test_ctrl_z_suspends(terminal: Terminal) -> None:
+    start(terminal)
+    terminal.press("h", "a", "l", "f", "C-z")
+    terminal.wait("Stopped")
+    terminal.type("echo $((6 * 7))-shell")
+    terminal.wait("42-shell")
+    terminal.type("fg")
+    terminal.wait("> half")
+    terminal.press("C-u", "C-d")
+    time.sleep(1)
+    terminal.type("echo $((6 * 8))-shell")
+    terminal.wait("48-shell")
+
+
 def test_help_in_a_narrow_window(terminal: Terminal) -> None:
     terminal.resize(40, 40)
     time.sleep(0.5)  # tmux takes its time to tell

@@ -227,23 +227,30 @@ class _LogProgress:
 def _bar(rate: Rate | None) -> Iterator[Progress]:
     import rich.console
     import rich.progress
+    import rich.text
 
-    columns = (
-        rich.progress.TextColumn("{task.description}", markup=False),
-        rich.progress.BarColumn(bar_width=32),
-        rich.progress.TaskProgressColumn(),
-        *([rich.progress.TextColumn("{task.fields[speed]}", markup=False)] if rate else []),
-        rich.progress.TimeElapsedColumn(),
-        rich.progress.TimeRemainingColumn(),
-    )
     console = rich.console.Console(stderr=True)
+    # How far it is and how long it still takes come first; what is left goes to the name, the bar and the speed.
+    bar_width = min(32, console.width - 60)
+    columns: list[rich.progress.ProgressColumn] = [rich.progress.TextColumn("{task.description}", markup=False)]
+    room = console.width - len("100% 0:00:00 0:00:00 ")
+    if bar_width >= 8:
+        columns.append(rich.progress.BarColumn(bar_width))
+        room -= bar_width + 1
+    columns.append(rich.progress.TaskProgressColumn())
+    if rate and console.width >= 56:
+        columns.append(rich.progress.TextColumn("{task.fields[speed]}", markup=False))
+        room -= len(f"9999.9 {rate.unit} ")
+    columns += [rich.progress.TimeElapsedColumn(), rich.progress.TimeRemainingColumn()]
     measured = _Speed(rate)
     with rich.progress.Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=None, speed="")
 
         def report(done: int, total: int, label: str) -> None:
             speed, _ = measured.report(done, total)
-            bar.update(task, completed=done, total=total or None, description=inert(label), speed=speed)
+            name = rich.text.Text(inert(label))
+            name.truncate(max(room, 1), overflow="ellipsis")
+            bar.update(task, completed=done, total=total or None, description=name.plain, speed=speed)
 
         yield report
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("types", metavar="[TYPE[,TYPE…]]", type=TYPES, required=False)
 @click.argument("model", metavar="[SRC]", type=MODEL, required=False)
+@click.argument("more", metavar="", nargs=-1)
 @mixture_options
 @click.option(
     "--save-recipe",
@@ -111,6 +112,7 @@ if TYPE_CHECKING:
 def command(
     types: str | None,
     model: str | None,
+    more: tuple[str, ...],
     wish: MixtureWish,
     save_recipe: Path | None,
     context: int | None,
@@ -166,7 +168,7 @@ def command(
     if show_list:
         _show_list(console, known)
         return
-    wish, words = wish.take_word(tuple(word for word in (types, model) if word is not None))
+    wish, words = wish.take_word(tuple(word for word in (types, model, *more) if word is not None))
     types, model = _sort_out(words, known, wish)
     names = parse_types(types, known) if types is not None else []
     if save_recipe is not None and not save_recipe.parent.is_dir():
@@ -311,7 +313,7 @@ def _sort_out(words: tuple[str, ...], known: Presets, wish: MixtureWish) -> tupl
     from localmix.errors import UsageError
 
     if len(words) > 2:
-        raise UsageError(f"{words[2]!r} is one argument too many.", "Name types and one model.")
+        raise UsageError(f"{words[2]!r} is one argument too many.", "Name types and one model; -o names the output.")
     kind = next((word for word in words if _names_types(word, known)), None)
     rest = [word for word in words if word is not kind]
     if kind is None and not (wish.is_given and len(rest) < 2):

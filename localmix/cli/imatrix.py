@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from localmix.cli.console import Console
 from localmix.cli.parameters import FILE, MODEL, examples, json_option, threads_option
+
+if TYPE_CHECKING:
+    from localmix.presentation.table import Table
+
+_MOST_EXPERTS = 16  # of more, a row for each layer could not be read
 
 
 @click.command()
@@ -67,7 +74,7 @@ def command(
     from localmix.errors import Interrupted, UsageError
     from localmix.imatrix import collect, partial_path
     from localmix.output import check_outputs
-    from localmix.presentation.table import Column, Table, number
+    from localmix.presentation.table import number
 
     console = Console(json)
     if parts:
@@ -119,12 +126,7 @@ def command(
         console.fields(fields)
         if result.coverage.tokens:
             console.line()
-            experts = range(max(map(len, result.coverage.tokens.values())))
-            columns = (Column("Tokens of layer"), *(Column(f"expert {expert}") for expert in experts))
-            rows = tuple(
-                (str(layer), *(f"{count:,}" for count in counts)) for layer, counts in result.coverage.tokens.items()
-            )
-            console.table(Table(columns, rows))
+            console.table(_coverage_table(result.coverage.tokens))
 
     console.result(
         {
@@ -139,6 +141,25 @@ def command(
         },
         draw,
     )
+
+
+def _coverage_table(tokens: Mapping[int, Sequence[int]]) -> Table:
+    """How evenly the experts of each layer were used; of few experts, and where there is room, each of them."""
+    from statistics import median
+
+    from localmix.presentation.table import Column, Table
+
+    count = max(map(len, tokens.values()))
+    experts = range(count if count <= _MOST_EXPERTS else 0)
+    columns = (
+        *(Column(title) for title in ("Tokens of layer", "fewest", "median", "most")),
+        *(Column(f"expert {expert}", rank=1) for expert in experts),
+    )
+    rows = []
+    for layer, counts in tokens.items():
+        cells = (min(counts), round(median(counts)), max(counts), *(counts[expert] for expert in experts))
+        rows.append((str(layer), *(f"{cell:,}" for cell in cells)))
+    return Table(columns, tuple(rows))
 
 
 def _merge(console: Console, parts: tuple[Path, ...], output: Path) -> None:

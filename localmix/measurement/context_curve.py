@@ -141,7 +141,7 @@ def curve_table(points: Sequence[ContextPoint], caption: str = "") -> Table:
     }
     names = {title: column for title, column in distinct.items() if len(set(column)) > 1}
     columns = [Column(title, number=False) for title in names]
-    columns += [Column("Context"), Column("PPL"), Column("±"), Column("Tokens"), Column("Chunks")]
+    columns += [Column("Context"), Column("PPL"), Column("±"), Column("Tokens", rank=1), Column("Chunks", rank=1)]
     rows = tuple(
         (
             *(column[index] for column in names.values()),

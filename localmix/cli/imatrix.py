@@ -152,8 +152,8 @@ def _coverage_table(tokens: Mapping[int, Sequence[int]]) -> Table:
     count = max(map(len, tokens.values()))
     experts = range(count if count <= _MOST_EXPERTS else 0)
     columns = (
-        *(Column(title) for title in ("Tokens of layer", "fewest", "median", "most")),
-        *(Column(f"expert {expert}", rank=1) for expert in experts),
+        *(Column("Tokens of layer"), Column("fewest"), Column("median", rank=1), Column("most")),
+        *(Column(f"expert {expert}", rank=2) for expert in experts),
     )
     rows = []
     for layer, counts in tokens.items():

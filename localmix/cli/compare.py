@@ -112,7 +112,7 @@ def command(
             console.table(quantization_table([one.row for one in done], provenance.caption), markdown)
             if verdict is not None:
                 console.line()
-                console.line(verdict.sentence, "bold")
+                console.sentence(verdict.sentence, "bold")
 
         rows = [one.row for one in done]
         console.result({"ctx": ctx, **asdict(provenance), "rows": rows, "verdict": verdict}, draw)

@@ -77,18 +77,19 @@ class Console:
         """One line of result."""
         print(_styled(inert(text), style, sys.stdout), file=sys.stdout)
 
+    def sentence(self, text: str, style: str = "") -> None:
+        """A result in words, which goes on below in a narrow window."""
+        lines = _wrapped(inert(text), shutil.get_terminal_size().columns if sys.stdout.isatty() else 0)
+        print(_styled("\n".join(lines), style, sys.stdout), file=sys.stdout)
+
     def fields(self, fields: Mapping[str, str]) -> None:
         """Names and values, one under the other; in a narrow window a value's words go on below its start."""
         width = max(map(len, fields), default=0)
         room = shutil.get_terminal_size().columns - width - 2 if sys.stdout.isatty() else 0
         for name, value in fields.items():
             label = _styled(f"{inert(name):<{width}}", "dim", sys.stdout)
-            lines = [inert(value)]
-            if 0 < room < len(lines[0]):
-                # a path stays in one piece, for whoever copies it
-                lines = textwrap.wrap(lines[0], room, break_long_words=False, break_on_hyphens=False)
             below = "\n" + " " * (width + 2)
-            print(f"{label}  {below.join(lines)}", file=sys.stdout)
+            print(f"{label}  {below.join(_wrapped(inert(value), room))}", file=sys.stdout)
 
     def table(self, table: Table, markdown: bool = False, to_messages: bool = False) -> None:
         """A table: drawn, or as Markdown source; on stdout, or on stderr when it belongs to a message."""
@@ -181,6 +182,13 @@ class Console:
     def _document(self, document: object) -> None:
         text = json_format.dumps(_plain(document), ensure_ascii=False, allow_nan=False, indent=2)
         print(inert_json(text), file=sys.stdout)
+
+
+def _wrapped(text: str, room: int) -> list[str]:
+    """Lines of so many characters, if any; a path stays in one piece, for whoever copies it."""
+    if not 0 < room < len(text):
+        return [text]
+    return textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False)
 
 
 class _Speed:

@@ -7,8 +7,8 @@
                 print(event.text, end="")
 
 What the cache holds of the conversation is not computed again in the next turn. A dead engine ends the turn,
-not the conversation: the next `ask` starts it anew. When the context is full, the oldest questions and answers
-are left out of the prompt, and a Dropped event says so.
+not the conversation: the next `ask` starts it anew, with the cache that was saved last. When the context is full,
+the oldest questions and answers are left out of the prompt, and a Dropped event says so.
 """
 
 from __future__ import annotations
@@ -91,6 +91,7 @@ class Engine:
         self._spare = child
         self._worker: Worker | None = None
         self._requests = 0
+        self._state: Path | None = None  # what was saved last, for the child that takes the place of a dead one
         self._asked = 0  # the number of the request that is running, if it is for a reply
         self._stack = contextlib.ExitStack()
 
@@ -148,7 +149,10 @@ class Engine:
             InputError: the chat template fails, or the child died in native code.
             UsageError: the grammar does not parse.
         """
-        yield from self.load()
+        state = None
+        if self.loaded is None:  # tried once: if it is what kills the child, the next one reads the text
+            state, self._state = self._state, None
+        yield from self.load(state)
         heard = _Heard()
         try:
             for event in self._request(Ask(messages, sampling, limit, grammar), Reply):
@@ -167,6 +171,7 @@ class Engine:
             return StateSaved(0, 0)
         (saved,) = self._request(SaveState(path), StateSaved)
         assert isinstance(saved, StateSaved)
+        self._state = path
         return saved
 
     def stop(self) -> None:

@@ -178,6 +178,21 @@ def test_a_killed_engine_ends_the_turn_and_not_the_conversation(engine: Engine) 
     assert len(conversation.turns) == 4
 
 
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_an_engine_that_comes_back_takes_what_was_saved(model: Path, tmp_path: Path) -> None:
+    with Engine(model, EngineSettings(context=512, threads=1)) as engine:
+        conversation = Conversation(engine, sampling=GREEDY, limit=5)
+        ask(conversation, "Hello, how are you today?")
+        engine.save_state(tmp_path / "state.kv")
+        for restored in (True, False):  # a state that might be what kills is not tried again
+            assert engine.pid is not None
+            os.kill(engine.pid, signal.SIGKILL)
+            with pytest.raises(CapacityError, match="killed"):
+                ask(conversation, "And?")
+            assert bool(ask(conversation, "And?").cached_tokens) is restored
+            del conversation.turns[-2:]
+
+
 def test_a_saved_cache_is_not_read_again(model: Path, tmp_path: Path) -> None:
     settings, state = EngineSettings(context=512, threads=1), tmp_path / "state.kv"
     with Engine(model, settings) as engine:

@@ -14,6 +14,7 @@ from localmix.native.devices import ANYWHERE, Placement, default_threads
 from localmix.rope_scaling import RopeScaling
 from localmix.serving.engine_client import EngineAddress
 from localmix.sources.base import Source
+from localmix.worker import ENVIRONMENT, WAITING
 
 MIB = 2**20
 _CELLS = 256  # llama.cpp rounds a context up to a multiple
@@ -223,10 +224,11 @@ def check_further(arguments: Sequence[str]) -> tuple[str, ...]:
     return tuple(arguments)
 
 
-def environment(address: EngineAddress, threads_of_blas: int = 1) -> dict[str, str]:
-    """llama-server's environment: this one, without what would change or tell what it must not."""
+def environment(address: EngineAddress) -> dict[str, str]:
+    """llama-server's environment: this one, without what would change or tell what it must not.
+
+    Its threads share the cores with the gateway and whatever else a server's machine does, so they wait as a worker's.
+    """
     kept = {name: value for name, value in os.environ.items() if not name.startswith(_FORBIDDEN_VARIABLES)}
-    kept |= {"GGML_NO_BACKTRACE": "1", "OPENBLAS_NUM_THREADS": str(threads_of_blas)}
-    if address.key:
-        kept["LLAMA_API_KEY"] = address.key
-    return kept
+    key = {"LLAMA_API_KEY": address.key} if address.key else {}
+    return {**WAITING, **kept, **ENVIRONMENT, **key}

@@ -14,6 +14,7 @@ from localmix.rope_scaling import RopeScaling
 from localmix.serving.engine_client import EngineAddress
 from localmix.serving.engine_options import REFUSED, EngineOptions, check_further, environment, longer_key, rope_base
 from localmix.sources.open import open_source
+from localmix.worker import ENVIRONMENT, WAITING
 
 SOCKET = EngineAddress(Path("/run/x.sock"))
 
@@ -118,3 +119,12 @@ def test_the_environment_brings_no_settings_and_no_secrets(monkeypatch: pytest.M
     variables = environment(SOCKET)
     assert "x" not in variables.values() and variables["CUDA_VISIBLE_DEVICES"] == "1"
     assert environment(EngineAddress(None, 1, "secret"))["LLAMA_API_KEY"] == "secret"
+
+
+def test_threads_that_wait_leave_the_cores_to_others_unless_the_user_says_how_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    assert environment(SOCKET).items() >= {**WAITING, **ENVIRONMENT}.items()
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    assert environment(SOCKET)["GOMP_SPINCOUNT"] == "7"

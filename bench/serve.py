@@ -4,9 +4,10 @@
     python bench/serve.py --threads 1 --repeat 9
 
 A Mixtral of 1.2 G random weights answers eight clients at once, through localmix and through a second llama-server
-with the arguments of localmix's own, in turns; each pair gives a ratio and the median of the ratios counts, so that a
-slow moment of the machine hits both. The gateway's processor time is read from its process, and what it adds to the
-first token and to one request is measured with TinyMix, which answers at once. Writes SERVE.md beside this file.
+with the arguments and the environment of localmix's own, in turns, so that the ratio is the gateway's alone; each pair
+gives a ratio and the median of the ratios counts, so that a slow moment of the machine hits both. The gateway's
+processor time is read from its process, and what it adds to the first token and to one request is measured with
+TinyMix, which answers at once. Writes SERVE.md beside this file.
 """
 
 from __future__ import annotations
@@ -74,15 +75,16 @@ def stream(place: Place, streams: int, tokens: int, number: int) -> Streamed:
     """Ask for that many streams at once and read them to their ends, in one thread."""
     waiting = selectors.DefaultSelector()
     clients = [socket.create_connection(place.address) for _ in range(streams)]
-    first, events, tails = {}, 0, {}
+    first: dict[socket.socket, float] = {}
+    tails: dict[socket.socket, bytes] = {}
+    events = 0
     started = time.perf_counter()
     for index, client in enumerate(clients):
         client.sendall(request(f"{number} {index} the", tokens))
-        waiting.register(client, selectors.EVENT_READ)
+        waiting.register(client, selectors.EVENT_READ, client)
     while waiting.get_map():
         for key, _ in waiting.select():
-            client = key.fileobj
-            assert isinstance(client, socket.socket)
+            client = key.data
             data = client.recv(65536)
             tail = tails.get(client, b"") + data
             if b"data: " in data:
@@ -115,7 +117,9 @@ def serving(side: Side, model: Path) -> Iterator[tuple[Place, Place]]:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 by_hand = free.getsockname()
-            theirs = subprocess.Popen(alone(engine.cmdline(), by_hand[1]), stdout=log, stderr=log)
+            theirs = subprocess.Popen(
+                alone(engine.cmdline(), by_hand[1]), stdout=log, stderr=log, env=without_router(engine.environ())
+            )
             yield Place(address, engine, gateway), Place(wait_for(by_hand), psutil.Process(theirs.pid))
         finally:
             for process in (ours, theirs):
@@ -128,6 +132,11 @@ def alone(arguments: list[str], port: int) -> list[str]:
     """llama-server's command line with a port instead of its socket."""
     place = arguments.index("--host")
     return [*arguments[: place + 1], "127.0.0.1", "--port", str(port), *arguments[place + 2 :]]
+
+
+def without_router(variables: dict[str, str]) -> dict[str, str]:
+    """llama-server's environment, but for what ties it to whoever started it."""
+    return {name: value for name, value in variables.items() if not name.startswith("LLAMA_SERVER_")}
 
 
 def wait_until_ready(process: subprocess.Popen[bytes]) -> tuple[str, int]:
@@ -229,9 +238,9 @@ def report(rows: list[Pairs], added: list[Pairs], costs: list[Cost], side: Side)
     lines = [
         "# localmix serve beside a llama-server started by hand",
         "",
-        f"Through `localmix serve`, and with a llama-server with the same arguments, --threads {side.threads}, in"
-        " turns; the median of the ratios counts, and the middle half of them shows the noise. `python bench/serve.py`"
-        " measures it again.",
+        "Through `localmix serve`, and with a llama-server with the same arguments and environment,"
+        f" --threads {side.threads}, in turns; the median of the ratios counts, and the middle half of them shows the"
+        " noise. `python bench/serve.py` measures it again.",
         "",
         f"Machine: {platform.machine()}, {psutil.cpu_count(logical=False)} cores.",
         "",

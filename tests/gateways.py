@@ -116,7 +116,7 @@ class Answer:
     """One response."""
 
     status: int
-    headers: Mapping[str, str]
+    headers: http.client.HTTPMessage
     body: bytes
 
     @property

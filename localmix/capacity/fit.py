@@ -34,7 +34,7 @@ class Wish:
 
     Attributes:
         context: positions of each sequence; None for 4096, less if the model was trained for less.
-        kv_type: f16, q8_0 or q4_0.
+        kv_type: as `Setting` has it.
         device: as `choose_gpus` reads it.
         gpu_layers: None for as many as fit.
         experts: auto, cpu or gpu.
@@ -42,6 +42,7 @@ class Wish:
         generation: refuse models that write no text, such as BERT.
         embeddings: make vectors instead of text, which takes a text as a whole; models that write none always do.
         remote: devices of other machines, which are used beside those of `device`.
+        batch, outputs: as `Setting` has them.
     """
 
     context: int | None = None
@@ -53,6 +54,8 @@ class Wish:
     generation: bool = True
     embeddings: bool = False
     remote: tuple[Device, ...] = ()
+    batch: int = Setting.batch
+    outputs: int = Setting.outputs
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ class Examiner:
             if not source.generates:
                 context = min(context, trained)  # it has learned a vector for each position
             count = sequences or wish.sequences
-            setting = Setting(context * count, wish.kv_type, sequences=count)
+            setting = Setting(context * count, wish.kv_type, wish.batch, count, wish.outputs)
             embeddings = wish.embeddings or not source.generates
             if embeddings:
                 setting = replace(setting, batch=context)

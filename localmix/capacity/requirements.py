@@ -17,9 +17,7 @@ from localmix.capacity.simulation import Buffers, Setting
 from localmix.errors import InputError, Interrupted, LocalmixError
 from localmix.native.devices import PROCESSOR, Placement
 from localmix.sources.base import Source
-
-# bytes of one value in the KV cache
-KV_TYPES = {"f16": 2.0, "bf16": 2.0, "f32": 4.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
+from localmix.tensor_types import TensorType, bits
 
 # Both processes of a chat: 60 MiB of their own, and the shared libraries' files.
 _PROGRAM_BYTES = 110 * MIB
@@ -166,7 +164,7 @@ def _buffers(source: Source, setting: Setting) -> Buffers:
     """The formulas."""
     cells = -(-setting.context // _KV_CELLS) * _KV_CELLS
     layers = max(1, source.number("{arch}.block_count"))
-    kv = int(cells * _kv_values(source) * KV_TYPES[setting.kv_type])
+    kv = int(cells * _kv_values(source) * bits(TensorType[setting.kv_type.upper()]) / 8)
     return Buffers(
         {layer: kv // layers + (kv % layers if layer == 0 else 0) for layer in range(layers)},
         {"CPU": _compute_bytes(source, cells, min(setting.batch, cells), setting.outputs)},

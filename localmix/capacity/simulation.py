@@ -98,6 +98,7 @@ def simulate(channel: Channel, path: Path, settings: Sequence[Setting], placemen
                 Context(
                     model,
                     context_length=setting.context,
+                    batch=setting.batch,  # else the default would be the most of micro_batch
                     micro_batch=setting.batch,
                     sequences=setting.sequences,
                     outputs=max(setting.outputs, setting.sequences),  # fewer abort llama.cpp

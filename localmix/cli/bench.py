@@ -137,6 +137,7 @@ def _kv_types(ctx: click.Context, param: click.Parameter, value: str) -> list[st
     help="These types of each model, or a set of them. Without a model: how fast this processor generates with"
     " weights of these tensor types; all of them if none is named.",
 )
+@click.option("--force", is_flag=True, help="Load the models even if memory seems too small.")
 @click.option("--again", is_flag=True, help="Measure the types anew that were measured before; without a model.")
 @click.option("--csv", is_flag=True, help="The rows as CSV, with llama-bench's names.")
 @markdown_option
@@ -163,6 +164,7 @@ def command(
     gpu_layers: list[int | None],
     device: str,
     types: str | None,
+    force: bool,
     again: bool,
     csv: bool,
     markdown: bool,
@@ -172,7 +174,7 @@ def command(
 
     Random tokens, a warm-up, then repetitions: tokens per second, mean and standard deviation. An option with
     several values makes a row for each; several options make one for each combination. A row that fails says
-    so; the exit code is then 3.
+    so; the exit code is then 3. Models for whose longest context there is no memory are refused before any runs.
 
     With --types and no model it measures types of tensors instead: a matrix of each times a vector, as every
     token needs it. The figures are kept for this processor and for `quantize --types fast`.
@@ -207,6 +209,8 @@ def command(
     for subject in subjects.values():
         if longest > subject.trained_context:
             console.warn(f"{subject.path.name} was trained for a context of {subject.trained_context}, not {longest}.")
+    settings = sweep(threads or [default_threads()], batch, ubatch, depth, kv_types, gpu_layers)
+    _check_memory(console, list(subjects), settings, longest, device, force)
 
     done: list[SpeedPoint] = []
 
@@ -218,7 +222,6 @@ def command(
             console.table(table, markdown)
 
     bars: list[Progress] = []
-    settings = sweep(threads or [default_threads()], batch, ubatch, depth, kv_types, gpu_layers)
     points = bench(
         list(subjects), tests, settings, repetitions, lambda runs, total, label: bars[-1](runs, total, label), names
     )
@@ -270,6 +273,29 @@ def _paths(models: Sequence[str], types: str | None) -> list[Path]:
             library.resolve(f"{name}:{kind}", library.Purpose.MEASURE) for name in names for kind in parse_types(types)
         ]
     return list(dict.fromkeys(found))
+
+
+def _check_memory(
+    console: Console, paths: Sequence[Path], settings: Sequence[Settings], context: int, device: str, force: bool
+) -> None:
+    """Refuse a model that has no room with the settings that take most of the processor's memory."""
+    from localmix.cli.memory_check import MemoryCheck
+    from localmix.tensor_types import TensorType, bits
+
+    layers = min((choice.gpu_layers for choice in settings if choice.gpu_layers is not None), default=None)
+    check = MemoryCheck(
+        console,
+        context,
+        kv_type=max((choice.kv_type for choice in settings), key=lambda kind: bits(TensorType[kind.upper()])),
+        device=device,
+        gpu_layers=layers,
+        experts="gpu",
+        generation=False,
+        batch=max(min(choice.batch, choice.micro_batch) for choice in settings),
+    )
+    fewer = ", or fewer layers with --gpu-layers" if layers else ""
+    for path in paths:
+        check.admit(path, force, f"Ask for less with --depth, --prompt, --gen, --pg or --ubatch{fewer}.")
 
 
 def _remember(paths: list[Path]) -> None:

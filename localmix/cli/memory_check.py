@@ -138,6 +138,7 @@ class MemoryCheck:
         generation: refuse models that write no text.
         embeddings: make vectors instead of text.
         remote: devices of other machines that it is spread over; the draft model is not.
+        batch: tokens that are computed at once, with logits for each; None for the engine's choice, with one's.
     """
 
     def __init__(
@@ -154,6 +155,7 @@ class MemoryCheck:
         generation: bool = True,
         embeddings: bool = False,
         remote: tuple[Device, ...] = (),
+        batch: int | None = None,
     ) -> None:
         from localmix.capacity import memory
         from localmix.capacity.fit import Examiner, Wish
@@ -161,6 +163,8 @@ class MemoryCheck:
         self._console = console
         self._slots = slots
         wish = Wish(context, kv_type, device, gpu_layers, experts, slots[-1], generation, embeddings, remote)
+        if batch is not None:
+            wish = replace(wish, batch=batch, outputs=batch)
         self._told: set[str] = set()
         room = memory.available()
         if draft is not None:
@@ -194,22 +198,44 @@ class MemoryCheck:
             UsageError: there is no such device.
         """
         from localmix.capacity.memory import Verdict
-        from localmix.errors import CapacityError
 
         fit = self._examine(path)
-        context = fit.context
-        if context > fit.trained:
+        if fit.context > fit.trained:
             self._console.warn(f"{path.name} was trained for a context of {fit.trained}; beyond it replies get worse.")
         choice = self._choose(fit)
-        if fit.verdict is Verdict.RUNS_WELL:
-            return choice
-        _draw_need(self._console, fit)
-        message, remedies = _sentence(fit), " ".join(self._examiner.remedies(fit))
-        if fit.verdict is Verdict.LOADS or (force and context <= _LONGEST_CONTEXT):
-            self._console.warn(f"{message} {remedies}".rstrip())
-            return choice
-        anyway = "Or go on anyway with --force." if context <= _LONGEST_CONTEXT else "Ask for less with --ctx."
-        raise CapacityError(message, f"{remedies} {anyway}".lstrip())
+        if fit.verdict is not Verdict.RUNS_WELL:
+            _draw_need(self._console, fit)
+            self._admit(fit, force, self._examiner.remedies(fit), "Ask for less with --ctx.")
+        return choice
+
+    def admit(self, path: Path, force: bool, remedy: str) -> None:
+        """As `check`, for a command with other options than `chat`, which places the model by itself.
+
+        Args:
+            remedy: a sentence on what to ask for instead.
+
+        Raises:
+            CapacityError: the model cannot be loaded; a table of what it needs has been drawn.
+            UsageError: there is no such device.
+        """
+        from localmix.capacity.memory import Verdict
+
+        fit = self._examine(path)
+        if fit.verdict is not Verdict.RUNS_WELL:
+            _draw_need(self._console, fit)
+            self._admit(fit, force, [] if fit.verdict is Verdict.LOADS else [remedy], remedy)
+
+    def _admit(self, fit: Fit, force: bool, remedies: Sequence[str], less: str) -> None:
+        """Warn about a model that does not run well, or refuse it."""
+        from localmix.capacity.memory import Verdict
+        from localmix.errors import CapacityError
+
+        possible = fit.context <= _LONGEST_CONTEXT
+        if fit.verdict is Verdict.LOADS or (force and possible):
+            self._console.warn(" ".join((_sentence(fit), *remedies)))
+            return
+        last = "Or go on anyway with --force." if possible else less
+        raise CapacityError(_sentence(fit), " ".join(dict.fromkeys((*remedies, last))))
 
     def advise(self, path: Path) -> Choice:
         """As `check`, but a model that does not fit is only warned about, and its context is the command's matter.

@@ -76,6 +76,16 @@ def test_a_broken_file_is_said_before_anything_runs(library: CommandLine) -> Non
     assert "tokens/s" not in run.err
 
 
+def test_what_no_memory_has_room_for_is_refused_before_anything_runs(library: CommandLine) -> None:
+    many = str(1 << 20)  # whose attention mask takes 2 TB
+    run = library(
+        "bench", "small", "--types", "F32,Q8_0", "-p", f"16,{many}", "--batch", many, "--ubatch", many, expect=4
+    )
+    assert "was trained for a context of 2048, not 1048576" in run.err
+    assert "small-F32.gguf needs" in run.err and "Or go on anyway with --force." in run.err
+    assert "tokens/s" not in run.err and run.out == ""
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [

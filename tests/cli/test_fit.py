@@ -108,6 +108,33 @@ def test_what_does_not_load_is_refused(
     assert check.check(mixtral, force=True).context == 32768
 
 
+def test_a_command_with_options_of_its_own_names_them(
+    mixtral: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    give(monkeypatch, 1)
+    check = MemoryCheck(Console(), 32768, kv_type="q5_1", device="cpu")
+    with pytest.raises(CapacityError) as caught:
+        check.admit(mixtral, False, "Ask for less.")
+    assert caught.value.hint == "Ask for less. Or go on anyway with --force."
+    assert "KV cache of 32768 positions in q5_1" in capsys.readouterr().err
+    check.admit(mixtral, True, "Ask for less.")
+    assert "but 1.00 GiB is available: what a test leaves. Ask for less." in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(CapacityError) as caught:
+        MemoryCheck(Console(), 1 << 25, device="cpu").admit(mixtral, True, "Ask for less.")
+    assert caught.value.hint == "Ask for less."
+    give(monkeypatch, 14)
+    MemoryCheck(Console(), None, device="cpu").admit(mixtral, False, "Ask for less.")
+    said = capsys.readouterr().err
+    assert "read from the disk again and again" in said and "Ask for less" not in said
+
+
+def test_what_is_computed_at_once_counts(mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    give(monkeypatch, 2)
+    MemoryCheck(Console(), 4096, device="cpu").admit(mixtral, False, "Ask for less.")
+    with pytest.raises(CapacityError):
+        MemoryCheck(Console(), 4096, device="cpu", batch=4096).admit(mixtral, False, "Ask for less.")
+
+
 def test_a_command_that_measures_is_only_warned(
     mixtral: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

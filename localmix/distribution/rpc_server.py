@@ -22,7 +22,7 @@ from localmix.distribution.protocol import Endpoint, devices_of
 from localmix.errors import InputError, NetworkError, UsageError
 from localmix.serving import launcher
 from localmix.serving.server_binary import HOW_TO_GET_IT, built_tools
-from localmix.worker import last_words
+from localmix.worker import WAITING, last_words
 
 PROGRAM = "ggml-rpc-server"
 _OTHER_NAMES = ("rpc-server", "llama-rpc-server")  # in packages of other versions
@@ -88,7 +88,7 @@ class RpcServer:
         self._arguments = [str(program), "--threads", str(threads)]
         if devices:
             self._arguments += ["--device", ",".join(devices)]
-        self._environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}
+        self._environment = {**WAITING, **os.environ, "GGML_NO_BACKTRACE": "1"}
         if cache is not None:
             self._arguments.append("--cache")
             self._environment["LLAMA_CACHE"] = str(cache)

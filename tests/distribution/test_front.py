@@ -129,6 +129,17 @@ def test_a_message_that_no_memory_holds_is_not_begun(size: int) -> None:
         assert server._process is process and server.alive
 
 
+def test_the_server_waits_as_a_child_of_ours_unless_the_user_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    for told, waits in ((None, "2000"), ("5", "5")):
+        if told is None:
+            monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+        else:
+            monkeypatch.setenv("GOMP_SPINCOUNT", told)
+        with RpcServer(require_rpc_server(), threads=1) as server:
+            assert server._process is not None
+            assert psutil.Process(server._process.pid).environ()["GOMP_SPINCOUNT"] == waits
+
+
 def test_a_server_that_crashed_runs_again() -> None:
     with fronted() as (endpoint, server, events), connect(endpoint) as client:
         allocate(client, MIB)

@@ -106,7 +106,8 @@ def command(
         alike = all(one and (one.row.is_reference or one.row.divergence) and not one.row.failed for one in pair)
         verdict = judge(pair[0], pair[1]) if alike else None  # type: ignore[arg-type]
         scored = [(texts[0].name, one.row.tokens, one.row.chunks) for one in done if one.row.tokens]
-        provenance = Provenance.of(texts, scored, conditions, reference=against.path.name)
+        devices = [name for subject in (*subjects, against) for name in subject.devices]
+        provenance = Provenance.of(texts, scored, conditions, reference=against.path.name, devices=devices)
 
         def draw() -> None:
             console.table(quantization_table([one.row for one in done], provenance.caption), markdown)

@@ -115,6 +115,7 @@ class Choice:
         need: what it will take.
         slots: texts that are worked on at once.
         embeddings: whether it makes vectors instead of text.
+        devices: what the placement uses beside the processor, as a user knows them.
     """
 
     context: int
@@ -124,6 +125,7 @@ class Choice:
     need: Need
     slots: int = 1
     embeddings: bool = False
+    devices: tuple[str, ...] = ()
 
 
 class MemoryCheck:
@@ -260,7 +262,8 @@ class MemoryCheck:
             self._told.add(spread)
             self._console.note(spread)
         slots, kv_type = fit.setting.sequences, fit.setting.kv_type
-        return Choice(fit.context, kv_type, fit.placement, fit.repack, fit.need, slots, fit.embeddings)
+        used = tuple(gpu.title for gpu in fit.gpus if fit.split.devices.get(gpu.name))
+        return Choice(fit.context, kv_type, fit.placement, fit.repack, fit.need, slots, fit.embeddings, used)
 
 
 def _sentence(fit: Fit) -> str:

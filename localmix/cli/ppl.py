@@ -247,7 +247,7 @@ def placer(
 
     def place(subject: Subject) -> Subject:
         choice = check.advise(subject.path)
-        return replace(subject, placement=choice.placement, repack=choice.repack)
+        return replace(subject, placement=choice.placement, repack=choice.repack, devices=choice.devices)
 
     return place
 
@@ -347,6 +347,7 @@ def _measure_table(
     from localmix.presentation.table import quantization_table
 
     done: list[Measured] = []
+    devices = [name for subject in (*subjects, *([reference] if reference else [])) for name in subject.devices]
 
     def rows() -> list[QuantizationRow]:
         found = [measured.row for measured in done]
@@ -354,7 +355,8 @@ def _measure_table(
 
     def provenance() -> Provenance:
         scored = ((row.corpus, row.tokens, row.chunks) for row in (measured.row for measured in done) if row.tokens)
-        return Provenance.of(corpora, scored, conditions, reference=reference.path.name if reference else "")
+        name = reference.path.name if reference else ""
+        return Provenance.of(corpora, scored, conditions, reference=name, devices=devices)
 
     def draw() -> None:
         outputs.draw(
@@ -405,7 +407,8 @@ def _measure_curve(
         return [*done, *(published.points if published else ())]
 
     def provenance() -> Provenance:
-        return Provenance.of(corpora, (), conditions, contexts)
+        devices = (name for subject in subjects for name in subject.devices)
+        return Provenance.of(corpora, (), conditions, contexts, devices=devices)
 
     def draw() -> None:
         way = "Each context scores the second halves of its own chunks"

@@ -38,6 +38,7 @@ class Subject:
 
     Attributes:
         placement, repack: how this one is loaded, where it has its own way; see `perplexity.Conditions`.
+        devices: what it is computed on beside the processor, in words.
     """
 
     path: Path
@@ -48,6 +49,7 @@ class Subject:
     trained_context: int
     placement: Placement | None = None
     repack: bool = True
+    devices: tuple[str, ...] = ()
 
     def conditions(self, shared: Conditions) -> Conditions:
         """Those that all models share, with this one's own place."""

@@ -29,6 +29,7 @@ class Provenance:
     Attributes:
         contexts: tokens of a chunk; several for a curve.
         reference: file name of what divergences are taken against; empty for none.
+        devices: what was computed on beside the processor, in words.
     """
 
     corpora: tuple[MeasuredText, ...]
@@ -38,6 +39,7 @@ class Provenance:
     kv_type: str
     rope: RopeScaling | None
     reference: str
+    devices: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -47,12 +49,14 @@ class Provenance:
         conditions: Conditions,
         contexts: Sequence[int] = (),
         reference: str = "",
+        devices: Iterable[str] = (),
     ) -> Provenance:
         """What was measured.
 
         Args:
             scored: of each measurement the corpus, its scored tokens and its chunks.
             contexts: where there are several.
+            devices: of each model; one counts once.
         """
         found: dict[str, set[tuple[int, int]]] = {}
         for name, tokens, chunks in scored:
@@ -70,6 +74,7 @@ class Provenance:
             kv_type=conditions.kv_type,
             rope=conditions.rope,
             reference=reference,
+            devices=tuple(dict.fromkeys(devices)),
         )
 
     @property
@@ -109,9 +114,11 @@ class Provenance:
     @property
     def _unusual(self) -> tuple[str, ...]:
         """The settings that are not the engine's own."""
-        cache = () if self.kv_type == "f16" else (f"KV cache {self.kv_type}",)
+        found = [f"layers on {' and '.join(self.devices)}"] if self.devices else []
+        if self.kv_type != "f16":
+            found.append(f"KV cache {self.kv_type}")
         if self.rope is None:
-            return cache
+            return tuple(found)
         words = {
             "RoPE scaling": self.rope.kind,
             "factor": self.rope.factor,
@@ -119,7 +126,7 @@ class Provenance:
             "NTK factor": self.rope.ntk_factor,
         }
         told = (f"{name} {value if isinstance(value, str) else f'{value:g}'}" for name, value in words.items() if value)
-        return (*cache, *told)
+        return (*found, *told)
 
 
 def _chunks(count: int) -> str:

@@ -58,6 +58,15 @@ def test_what_happens_as_json(tmp_path: Path, localmix: CommandLine) -> None:
     assert left["event"] == "left" and left["received"] > 2**20 and left["reason"] == ""
 
 
+def test_a_measurement_says_where_it_was_made(tmp_path: Path, localmix: CommandLine) -> None:
+    (localmix.folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 40)
+    with running_worker(tmp_path) as (address, _):
+        words = ("--corpus", "text.txt", "--ctx", "64", "--chunks", "2", "--no-speed", "--threads", "1")
+        said = localmix("ppl", "fox", *words, "--rpc", address).out
+    assert f"1 thread, layers on {address}." in " ".join(said.split())
+    assert "layers on" not in localmix("ppl", "fox", *words, "--device", "cpu").out
+
+
 def test_a_taken_port(empty: CommandLine) -> None:
     require_rpc_server()
     with socket.create_server(("127.0.0.1", 0)) as taken:

@@ -30,10 +30,11 @@ def test_a_table() -> None:
 
 def test_a_curve_over_two_texts_with_unusual_settings() -> None:
     conditions = Conditions(threads=3, rope=RopeScaling("yarn", 4.0, ntk_factor=2.0), kv_type="q8_0")
-    found = Provenance.of(TEXTS, (), conditions, [512, 1024])
+    found = Provenance.of(TEXTS, (), conditions, [512, 1024], devices=["CUDA0", "10.0.0.2:50052", "CUDA0"])
     assert found.caption == (
         "a.txt (sha256 aaaaaaaaaaaa…). b.txt (sha256 bbbbbbbbbbbb…)."
-        f" llama.cpp {LLAMA_CPP_COMMIT}, 3 threads, KV cache q8_0, RoPE scaling yarn, factor 4, NTK factor 2."
+        f" llama.cpp {LLAMA_CPP_COMMIT}, 3 threads, layers on CUDA0 and 10.0.0.2:50052, KV cache q8_0,"
+        " RoPE scaling yarn, factor 4, NTK factor 2."
     )
     assert found.fields["Corpus 2"] == "b.txt" and found.fields["Context"] == "512, 1024"
     assert "Scored 1" not in found.fields

@@ -118,7 +118,9 @@ def stop_on_interrupt(engine: Engine) -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        # a signal that ends the program has put another one there
+        if signal.getsignal(signal.SIGINT) is stop:
+            signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager

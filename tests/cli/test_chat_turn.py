@@ -34,6 +34,19 @@ def test_the_second_ctrl_c_is_the_programs() -> None:
         signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_a_run_that_ends_meanwhile_is_not_interrupted_again() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with Engine(Path("none.gguf"), EngineSettings()) as engine:
+            with pytest.raises(SystemExit), stop_on_interrupt(engine):
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a SIGTERM does that ends the program
+                raise SystemExit
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_pipe_gets_the_text_and_stderr_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
     assert show_reply(Console(), iter(EVENTS)) is REPLY
     out, err = capsys.readouterr()

@@ -164,7 +164,8 @@ def verify(
         problems += _run_scans(scans, work)
     unknown = [file.path.name for file in files if not file.compared]
     if unknown:
-        notes.append(f"Nothing says which checksum {len(unknown)} of {len(files)} files should have.")
+        told = "the file" if len(files) == 1 else f"{len(unknown)} of {len(files)} files"
+        notes.append(f"Nothing says which checksum {told} should have.")
     weights = sum(math.prod(scan.shape) for scan in scans)
     return Verification(path, files, found.tensors, weights, tuple(dict.fromkeys(problems)), tuple(notes))
 

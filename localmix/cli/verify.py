@@ -44,12 +44,13 @@ def command(model: str | None, deep: bool, online: bool, repo: str | None, threa
         for problem in found.problems:
             console.line(f"{problem.path}: {problem.what}", "red")
         hashed = sum(file.sha256 is not None for file in found.files)
+        compared = f"{hashed} of {len(found.files)} files" if len(found.files) > 1 else "1 file" if hashed else "none"
         console.fields(
             {
                 "path": str(found.path),
                 "files": f"{len(found.files)}, {size(sum(file.bytes for file in found.files))},"
                 f" {found.tensors:,} tensors",
-                "checksums": f"{hashed} of {len(found.files)} files compared",
+                "checksums": f"{compared} compared",
                 "weights": f"{found.weights:,} decoded" if deep else "not decoded (--deep does)",
                 "problems": str(len(found.problems)) if found.problems else "none",
             }

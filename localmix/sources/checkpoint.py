@@ -478,10 +478,8 @@ def _match(
     problems = _missing_sentences(lacking, stored)
     unmapped = sorted(stored.keys() - used)
     if unmapped:
-        problems.append(
-            f"{len(unmapped)} tensors belong nowhere in a {row.model_type} model of this config.json: "
-            + listed(unmapped, 3)
-        )
+        told = "1 tensor belongs" if len(unmapped) == 1 else f"{len(unmapped)} tensors belong"
+        problems.append(f"{told} nowhere in a {row.model_type} model of this config.json: {listed(unmapped, 3)}")
     if problems:
         raise InputError(f"{path}: {'; '.join(problems)}.", "Check that config.json and weights belong together.")
     return layouts
@@ -503,16 +501,14 @@ def _missing_sentences(lacking: Sequence[ExpectedTensor], stored: Mapping[str, S
         return []
     present = {number[1] for number in map(_LAYER_NUMBER.search, stored) if number}
     layers = sorted({tensor.layer for tensor in lacking if tensor.layer is not None} - set(map(int, present)))
-    sentences = [f"layers {_numbers(layers)} are missing"] if layers else []
+    sentences = [_missing("layer", layers)] if layers else []
     single: list[str] = []
     for tensor in lacking:
         if tensor.layer in layers:
             continue
         absent = [(number, name) for number, name in enumerate(tensor.sources) if name not in stored]
         if tensor.stacked:
-            sentences.append(
-                f"experts {_numbers([number for number, _ in absent])} of {shown(tensor.source)} are missing"
-            )
+            sentences.append(_missing("expert", [number for number, _ in absent], f" of {shown(tensor.source)}"))
         else:
             single.append(absent[0][1])
     if single:
@@ -522,9 +518,11 @@ def _missing_sentences(lacking: Sequence[ExpectedTensor], stored: Mapping[str, S
     return sentences if len(sentences) <= _MOST_SENTENCES else [*sentences[:_MOST_SENTENCES], "and more"]
 
 
-def _numbers(numbers: Sequence[int]) -> str:
-    head = ", ".join(map(str, numbers[:8]))
-    return f"{head} and {len(numbers) - 8} more" if len(numbers) > 8 else head
+def _missing(what: str, numbers: Sequence[int], of: str = "") -> str:
+    if len(numbers) == 1:
+        return f"{what} {numbers[0]}{of} is missing"
+    more = f" and {len(numbers) - 8} more" if len(numbers) > 8 else ""
+    return f"{what}s {', '.join(map(str, numbers[:8]))}{more}{of} are missing"
 
 
 def _config_type(config: Mapping[str, Any]) -> TensorType:

@@ -12,6 +12,8 @@ def test_problems_are_lines_and_exit_code_3(empty: CommandLine, tmp_path: Path) 
     good = write_random_model(tmp_path / "good.gguf", layers=1)
     run = empty("verify", good, "--deep")
     assert "problems   none" in run.out
+    assert "checksums  none compared" in run.out
+    assert run.err.startswith("Note: Nothing says which checksum the file should have.")
     document = empty("verify", good, "--json").json
     assert document["ok"] is True and document["problems"] == [] and document["weights"] == 0
     write_random_model(tmp_path / "bad.gguf", layers=1, poison="output.weight")

@@ -190,11 +190,11 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "untied without head": (tensors(without("lm_head.weight")), "'lm_head.weight' is missing; .*tie_word"),
     "layer gap": (
         tensors(lambda s: [s.pop(name) for name in list(s) if ".layers.0." in name]),
-        "layers 0 are missing",
+        "layer 0 is missing",
     ),
     "expert gap": (
         tensors(without("experts.2.w1.weight", "experts.2.w2.weight", "experts.2.w3.weight")),
-        "experts 2 of 'model.layers.0.block_sparse_moe.experts.{expert}.w1.weight' are missing",
+        "expert 2 of 'model.layers.0.block_sparse_moe.experts.{expert}.w1.weight' is missing",
     ),
     "one tensor missing": (tensors(without("0.self_attn.v_proj.weight")), "v_proj.weight' is missing"),
     "more layers than config says": (config(num_hidden_layers=1), "belong nowhere"),
@@ -204,7 +204,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "unmapped tensor": (
         tensors(lambda s: s.update({"model.extra.weight": s["model.norm.weight"]})),
-        "1 tensors belong nowhere in a mixtral model of this config.json: 'model.extra.weight'",
+        "1 tensor belongs nowhere in a mixtral model of this config.json: 'model.extra.weight'",
     ),
     "wrong shape": (config(intermediate_size=32), r"has the shape \[64, 64\], config.json asks for \[32, 64\]"),
     "transposed": (

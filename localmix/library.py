@@ -384,9 +384,12 @@ def _checked(path: Path, purpose: Purpose) -> Path:
     if ".gguf" in path.name and path.suffix != ".gguf":
         from localmix.sources.joined import find_pieces, whole_name
 
+        pieces: list[Path] = []
         with contextlib.suppress(LocalmixError):  # told when it is opened
-            first = next(iter(find_pieces(path)), first)
-        if whole_name(path.name) != path.name and purpose not in _FOR_SOURCES:
+            pieces = find_pieces(path)
+        first = next(iter(pieces), first)
+        # a single one may be whole: wget calls a second copy `model.gguf.1`
+        if whole_name(path.name) != path.name and len(pieces) != 1 and purpose not in _FOR_SOURCES:
             raise InputError(
                 f"{path} is a piece of a file that was cut, which llama.cpp does not load.",
                 f"Run `localmix convert {path}`: it joins them.",

@@ -355,3 +355,9 @@ def test_any_piece_of_a_cut_file_means_the_whole(tmp_path: Path) -> None:
     first.unlink()
     last = tmp_path / "fox.Q4_K_M.gguf-split-c"
     assert library.resolve(last, library.Purpose.SOURCE) == last
+    with pytest.raises(InputError, match="is a piece of a file that was cut"):
+        library.resolve(last, library.Purpose.RUN)
+    (tmp_path / "fox.gguf").write_bytes(b"")
+    copy = tmp_path / "fox.gguf.1"  # as wget calls a second one
+    copy.write_bytes(b"")
+    assert library.resolve(copy, library.Purpose.RUN) == copy

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from localmix.errors import InputError
 from localmix.gguf_format import MAGIC, OLDEST_LOADED, VERSION, Header, StoredTensor, padded, read_header_of
 from localmix.sources.base import MetaValue, Source, TensorInfo, text
+from localmix.sources.documents import listed
 from localmix.sources.joined import JoinedFile, find_pieces, next_piece
 from localmix.sources.legacy import Stacked, recode, stack_experts
 from localmix.sources.positional import PositionalFile
@@ -100,7 +101,9 @@ class GGUFFile(Source):
     def _note_age(self, headers: Sequence[Header], pre: str | None) -> None:
         if any(isinstance(part, JoinedFile) for part in self._parts):
             self.repairs.append("pieces are joined")
-            self.notes.append(f"{self._parts[0].path.name} is read from {len(self.files())} pieces.")
+            count = len(self.files())
+            if count > 1:
+                self.notes.append(f"{self._parts[0].path.name} is read from {count} pieces.")
         if headers[0].version < OLDEST_LOADED:
             self.repairs.append(f"GGUF version {headers[0].version} becomes {VERSION}")
             self.notes.append(f"{self.path} is of GGUF version {headers[0].version}, which llama.cpp no longer loads.")
@@ -189,7 +192,7 @@ def _split_parts(path: Path) -> list[Path]:
     missing = [part.name for part in parts if not part.exists()]
     if missing:
         raise InputError(
-            f"{path} is split into {count} parts, and these are missing: {', '.join(missing)}.",
+            f"{path} is split into {count} parts, and these are missing: {listed(missing)}.",
             f"Put them into {path.parent}.",
         )
     return parts

@@ -10,10 +10,11 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from localmix.errors import FileError, InputError
+from localmix.sources.documents import listed
 from localmix.sources.positional import PositionalFile
 
 # Without a word before it only what `split` writes by itself is a piece: `.gguf.xz` is none.
@@ -41,29 +42,41 @@ def find_pieces(path: Path) -> list[Path]:
         InputError: pieces are missing; they are named.
         FileError: the folder cannot be read.
     """
-    given = _PIECE.fullmatch(path.name)
-    if given is None:
+    if whole_name(path.name) == path.name:
         return []
     try:
         names = os.listdir(path.parent)
     except OSError as error:
         raise FileError(f"{path.parent} cannot be read: {error.strerror or error}.") from error
-    found: dict[int, Path] = {}
+    found, missing = sort_pieces(path.name, names)
+    if missing:
+        raise InputError(
+            f"{path.with_name(whole_name(path.name))} lies in pieces, and these are missing: {listed(missing)}.",
+            "Put them into the same folder.",
+        )
+    return [path.with_name(name) for name in found]
+
+
+def sort_pieces(name: str, names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The pieces among `names` that belong to the piece `name`, in order, and the names that are missing.
+
+    Raises:
+        InputError: there would have to be more than any model has.
+    """
+    given = _PIECE.fullmatch(name)
+    assert given is not None
+    found: dict[int, str] = {}
     for match in filter(None, map(_PIECE.fullmatch, names)):
         same = all(match[part] == given[part] for part in ("whole", "lead", "of"))
         if same and match["place"].isdigit() == given["place"].isdigit() and _same_width(match, given):
-            found[_number(match["place"])] = path.with_name(match.string)
+            found[_number(match["place"])] = match.string
     first = 0 if 0 in found or not given["place"].isdigit() else 1
     last = first + int(given["count"]) - 1 if given["count"] else max(found, default=_number(given["place"]))
     if last - first >= _MOST_PIECES:
-        raise InputError(f"{path.name} says that it is one of more than {_MOST_PIECES} pieces, which no model has.")
-    missing = [_piece_name(given, number) for number in range(first, last + 1) if number not in found]
-    if missing:
-        raise InputError(
-            f"{path.with_name(given['whole'])} lies in pieces, and these are missing: {', '.join(missing)}.",
-            f"Put them into {path.parent}.",
-        )
-    return [found[number] for number in range(first, last + 1)]
+        raise InputError(f"{name} says that it is one of more than {_MOST_PIECES} pieces, which no model has.")
+    numbers = range(first, last + 1)
+    missing = [_piece_name(given, number) for number in numbers if number not in found]
+    return [found[number] for number in numbers if number in found], missing
 
 
 def next_piece(path: Path, step: int = 1) -> str:

@@ -191,9 +191,19 @@ def test_a_piece_that_changes_is_noticed(quantized: Path, tmp_path: Path) -> Non
             source.check_unchanged()
 
 
+def test_a_single_piece_may_be_the_whole(quantized: Path, tmp_path: Path) -> None:
+    (path,) = cut(quantized, ["m.gguf.1"], tmp_path)
+    with GGUFFile(path) as source:
+        assert source.notes == []
+
+
 def test_a_piece_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"missing: m\.gguf-split-a, m\.gguf-split-b\."):
+    with pytest.raises(InputError, match=r"missing: 'm\.gguf-split-a', 'm\.gguf-split-b'\."):
         find_pieces(tmp_path / "m.gguf-split-b")
+    with pytest.raises(InputError, match=r"'m\.gguf\.part5of900' and 895 more\."):
+        find_pieces(tmp_path / "m.gguf.part1of900")
+    with pytest.raises(InputError, match="one of more than 1000 pieces"):
+        find_pieces(tmp_path / "m.gguf.part1of10000")
     with pytest.raises(FileError, match="cannot be read"):
         find_pieces(tmp_path / "absent" / "m.gguf-split-b")
 

@@ -7,6 +7,7 @@ which file it is. A kill or a power cut costs the last seconds, a dropped connec
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -186,7 +187,7 @@ def fetch(
 
 def _disk_error(error: OSError, path: Path) -> LocalmixError:
     told = file_error(error, path, "write")
-    if isinstance(told, CapacityError):
+    if isinstance(told, CapacityError) and error.errno != errno.EFBIG:
         return CapacityError(
             told.message,
             "Make room; the same command goes on where this one stopped. LOCALMIX_HOME may name another disk.",

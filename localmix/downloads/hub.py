@@ -184,7 +184,8 @@ def select(repository: Repository, include: Sequence[str] = (), kind: str = "") 
     Without either it is the checkpoint, or the only GGUF file where there is none.
 
     Raises:
-        InputError: a name that leads out of the folder, or weights that only Python's pickle reads.
+        InputError: a name that leads out of the folder, weights that only Python's pickle reads, or a GGUF file of
+            which the repository lacks parts or pieces.
         UsageError: nothing matches, or the repository has several GGUF files and none was named.
     """
     files = [file for file in repository.files if not _is_hidden(file.name)]
@@ -194,7 +195,7 @@ def select(repository: Repository, include: Sequence[str] = (), kind: str = "") 
         for wanted in (kind.upper(), f"{kind.upper()}_M"):
             chosen = [file for file in ggufs if gguf_type(file.name).upper() == wanted]
             if chosen:
-                return _checked(repository, chosen)
+                return _checked_whole(repository, chosen)
         raise UsageError(f"{repository.name} has no GGUF file of type {kind}.", _types_there(repository, ggufs))
     if include:
         chosen = [file for file in files if any(fnmatch.fnmatchcase(file.name, pattern) for pattern in include)]
@@ -207,7 +208,7 @@ def select(repository: Repository, include: Sequence[str] = (), kind: str = "") 
     if not weights and ggufs:
         if len({gguf_type(file.name) for file in ggufs}) > 1:
             raise UsageError(f"{repository.name} has several GGUF files.", _types_there(repository, ggufs))
-        return _checked(repository, ggufs)
+        return _checked_whole(repository, ggufs)
     if not weights:
         pickled = [file.name for file in files if file.name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
         if pickled:
@@ -249,6 +250,15 @@ def is_piece(name: str) -> bool:
     return _whole(name) != name.rpartition("/")[2]
 
 
+def whole_file(name: str) -> str:
+    """The name, with its folders, of the GGUF file that a file is, or is a part or a piece of."""
+    from localmix.library import part_suffix
+
+    folder, slash, _ = name.rpartition("/")
+    whole = _whole(name)
+    return f"{folder}{slash}{whole.replace(part_suffix(whole), '')}"
+
+
 def _whole(name: str) -> str:
     from localmix.sources.joined import whole_name
 
@@ -275,9 +285,42 @@ def _types_there(repository: Repository, ggufs: Sequence[HubFile]) -> str:
         sizes[kind] = sizes.get(kind, 0) + file.bytes
     if not sizes:
         return "It has no GGUF file at all."
-    first = next(iter(sizes))
     listed = ", ".join(f"{kind} ({size(taken)})" for kind, taken in sizes.items())
-    return f"Name one, such as {repository.name}:{first}. It has {listed}."
+    for kind in sizes:
+        if parse_name(f"{repository.name}:{kind}"):
+            return f"Name one, such as {repository.name}:{kind}. It has {listed}."
+    return f"Choose one with --include. It has {listed}."
+
+
+def _checked_whole(repository: Repository, ggufs: Sequence[HubFile]) -> list[HubFile]:
+    """As `_checked`; that a part or a piece is missing is told before the others come."""
+    from localmix.sources.documents import listed
+
+    checked = _checked(repository, ggufs)
+    by_file: dict[str, list[str]] = {}
+    for file in checked:
+        by_file.setdefault(whole_file(file.name), []).append(file.name)
+    for whole, names in by_file.items():
+        if missing := _missing(names):
+            raise InputError(
+                f"{repository.name} holds only a part of {whole}; it lacks {listed(missing)}.",
+                "Take it from another repository, or fetch what is there with --include.",
+            )
+    return checked
+
+
+def _missing(names: Sequence[str]) -> list[str]:
+    """The parts or pieces, without folders, that one GGUF file's lack; `names` are those that are there."""
+    from localmix.library import part_suffix
+    from localmix.sources.joined import sort_pieces
+
+    here = {name.rpartition("/")[2] for name in names}
+    first = min(here)
+    if part := part_suffix(first):
+        count = part[-5:]
+        every = (first.replace(part, f"-{number:05d}-of-{count}") for number in range(1, int(count) + 1))
+        return [name for name in every if name not in here]
+    return sort_pieces(first, here)[1] if is_piece(first) else []
 
 
 def _checked(repository: Repository, files: Sequence[HubFile]) -> list[HubFile]:

@@ -137,13 +137,14 @@ def place(repository: Repository, files: Sequence[HubFile]) -> list[Place]:
             places.append(Place(file, model, library.pulled_folder(model), file.name, True))
     if any(found.of_checkpoint for found in places):
         library.check_repository(model, repository.name)
-    seen: set[Path] = set()
+    seen: set[str] = set()
     for found in places:
-        if found.path in seen:
+        folded = str(found.path).casefold()  # file systems of macOS and Windows tell no case
+        if folded in seen:
             raise UsageError(
                 f"Two files of {repository.name} would become {found.path.name}.", "Choose one with --include."
             )
-        seen.add(found.path)
+        seen.add(folded)
         if not found.of_checkpoint and found.path.exists():
             pulled = read_record(found.folder).get(found.inside)
             if pulled is None or (pulled.repository != repository.name and pulled.checksum != found.file.checksum):

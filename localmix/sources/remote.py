@@ -27,9 +27,10 @@ from localmix.downloads.hub import (
     parse_name,
     read_range,
     select,
+    whole_file,
 )
-from localmix.errors import InputError, LocalmixError, NetworkError
-from localmix.sources.documents import DOCUMENT_LIMIT
+from localmix.errors import InputError, LocalmixError, NetworkError, UsageError
+from localmix.sources.documents import DOCUMENT_LIMIT, listed
 from localmix.sources.positional import NotHere, identity, write_stand_in
 
 _FIRST_BYTES = 1 << 16
@@ -79,6 +80,12 @@ def find_remote(text: str, *, for_quantizing: bool = False) -> Remote:
     files = [file for file in select(repository, kind=kind) if not file.name.startswith(_FOR_PEOPLE)]
     weights = tuple(sorted((file for file in files if is_weights(file)), key=lambda file: file.name))
     documents = tuple(file for file in files if not is_weights(file))
+    ggufs = list(dict.fromkeys(whole_file(file.name) for file in weights if is_gguf(file.name)))
+    if len(ggufs) > 1:
+        raise UsageError(
+            f"{name} has several GGUF files of type {gguf_type(ggufs[0])}: {listed(ggufs)}.",
+            f"Fetch the one that you mean, such as with `localmix pull {name} --include '{ggufs[0]}'`.",
+        )
     for file in documents:
         if file.bytes > DOCUMENT_LIMIT:
             raise InputError(f"{file.name} of {name} has {file.bytes:,} bytes; no such file is that big.")

@@ -396,6 +396,50 @@ def test_gguf_files_that_name_no_model_are_called_after_their_repository(served:
     assert [path.read_bytes() for path in found] == [b"a", b"b", b"c", b"d"]
 
 
+def test_a_gguf_file_that_is_not_there_as_a_whole(served: Hub) -> None:
+    served.repositories["org/cat"] = {f"q8/cat-Q8_0-0000{number}-of-00012.gguf": b"a" for number in (1, 2, 4)}
+    with pytest.raises(InputError, match=r"only a part of q8/cat-Q8_0.gguf; it lacks .*-00003-of-.* and 4 more"):
+        pull("org/cat")
+    assert served.paths("resolve") == []
+    assert len(pull("org/cat", include=["*-00001-of-*"]).files) == 1
+    served.repositories["org/dog"] = {"dog-Q8_0.gguf.part1of2": b"a", "dog-Q8_0.gguf.part2of3": b"b"}
+    with pytest.raises(InputError, match=r"it lacks 'dog-Q8_0.gguf.part2of2'\."):
+        pull("org/dog:Q8_0")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX limits")
+def test_a_file_that_the_file_system_finds_too_large(served: Hub) -> None:
+    import resource
+
+    served.repositories["org/cat"] = {"cat-Q8_0.gguf": bytes(1 << 20)}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
+    try:
+        with pytest.raises(CapacityError, match="larger than its file system allows") as caught:
+            pull("org/cat")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "Make room" not in caught.value.hint
+
+
+def test_names_that_fold_to_one(served: Hub) -> None:
+    served.repositories["org/cat"] = {"a/cat-Q8_0.gguf": b"a", "b/Cat-Q8_0.gguf": b"b"}
+    with pytest.raises(UsageError, match=r"Two files of org/cat would become Cat-Q8_0\.gguf"):
+        pull("org/cat")
+    pull("org/cat", include=["a/*"])
+
+
+def test_a_type_that_cannot_be_typed_is_not_proposed(served: Hub) -> None:
+    served.repositories["org/cat"] = {"an odd one.gguf": b"a", "a second one.gguf": b"b"}
+    with pytest.raises(UsageError) as caught:
+        pull("org/cat")
+    assert caught.value.hint.startswith("Choose one with --include. It has an odd one (")
+    served.repositories["org/cat"]["third.gguf"] = b"c"
+    with pytest.raises(UsageError) as caught:
+        pull("org/cat")
+    assert caught.value.hint.startswith("Name one, such as org/cat:third. It has an odd one (")
+
+
 def test_a_file_of_another_repository_is_not_replaced(served: Hub) -> None:
     served.repositories["one/cat"] = {"cat-Q8_0.gguf": b"one"}
     served.repositories["two/cat"] = {"cat-Q8_0.gguf": b"two"}

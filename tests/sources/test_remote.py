@@ -142,3 +142,12 @@ def test_what_only_looks_like_a_stand_in_is_an_ordinary_file(told: bytes, tmp_pa
     file = PositionalFile(path)
     assert file.size == path.stat().st_size
     file.close()
+
+
+def test_two_files_of_one_type_are_not_mixed(served: Hub) -> None:
+    served.repositories["org/cat"] = {"mmproj-cat-F16.gguf": b"a", "cat-F16.gguf": b"b"}
+    with pytest.raises(UsageError, match=r"several GGUF files of type F16: 'cat-F16\.gguf', 'mmproj-") as caught:
+        find_remote("org/cat", for_quantizing=True)
+    assert "--include 'cat-F16.gguf'" in caught.value.hint
+    served.repositories["org/cat"] = {f"cat-F16-0000{number}-of-00002.gguf": b"a" for number in (1, 2)}
+    assert len(find_remote("org/cat:F16").weights) == 2

@@ -12,8 +12,12 @@ from collections.abc import Callable, Mapping
 
 _ROOM_BYTES = 16384
 _HEAD_BYTES = 65536
-_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")
-_PART_OF_SIZE = re.compile(rb"[0-9A-Fa-f]{0,8}\r?")
+_EXTENSION = rb"[ \t]{0,8}(?:;[^\r\n]{0,256})?"
+_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})" + _EXTENSION + rb"\r\n")
+_PART_OF_SIZE = re.compile(rb"(?:[0-9A-Fa-f]{1,8}" + _EXTENSION + rb")?\r?")
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+_STATUS = re.compile(r"HTTP/1\.\d ([1-5]\d\d)(?!\S)")
+_LENGTH = re.compile(r"[0-9]{0,18}")
 _WITHOUT_BODY = frozenset({204, 304})
 
 
@@ -148,6 +152,8 @@ class Reply(asyncio.BufferedProtocol):
         return self._room
 
     def buffer_updated(self, nbytes: int) -> None:
+        if self.ended.done():  # what comes behind an answer belongs to none
+            return
         data = bytes(self._room[:nbytes])
         try:
             if self.status == 0:
@@ -169,20 +175,26 @@ class Reply(asyncio.BufferedProtocol):
                 raise ValueError("The head is too long.")
             return
         line, *fields = head.decode("latin-1").split("\r\n")
-        version, _, told = line.partition(" ")
-        if not version.startswith("HTTP/1."):
+        found = _STATUS.match(line)
+        if found is None or any(map(_CONTROL.search, fields)):
             raise ValueError("That is no HTTP.")
-        status = int(told[:3])
+        status, self._head = int(found[1]), b""
+        if status < 200:  # the answer is still to come
+            self._take_head(rest)
+            return
         for field in fields:
             name, _, value = field.partition(":")
             self.headers[name.lower()] = value.strip()
-        if self.headers.get("transfer-encoding", "").lower() == "chunked":
-            self._chunks = Chunks()
-        elif status in _WITHOUT_BODY:
+        coding, length = self.headers.get("transfer-encoding", "").lower(), self.headers.get("content-length", "")
+        if status in _WITHOUT_BODY:
             self._left = 0
-        elif "content-length" in self.headers:
-            self._left = int(self.headers["content-length"])
-        self.status, self._head = status, b""
+        elif coding == "chunked":
+            self._chunks = Chunks()
+        elif coding or not _LENGTH.fullmatch(length):
+            raise ValueError("Nobody knows where its body ends.")
+        elif length:
+            self._left = int(length)
+        self.status = status
         if not self._begun.done():
             self._begun.set_result(True)
         self._take_body(rest)
@@ -197,11 +209,12 @@ class Reply(asyncio.BufferedProtocol):
             elif self._chunks.broken:
                 self.close()
             return
+        data = data[: self._left]
         if data:
             self._take(data)
         if self._left is not None:
             self._left -= len(data)
-            if self._left <= 0:
+            if not self._left:
                 self._end(True)
 
     def _end(self, complete: bool) -> None:

@@ -42,7 +42,17 @@ def test_a_chunk_is_handed_on_before_it_is_whole() -> None:
     assert not chunks.ended
 
 
-@pytest.mark.parametrize("body", [b"data: a\n\n", b"-1\r\n", b"\r\n", b"123456789\r\n", b"1\r\nab\r\n"])
+@pytest.mark.parametrize("size", [1, 4, 100])
+def test_extensions_and_trailers_mean_nothing(size: int) -> None:
+    framed = b"1;name=value\r\na\r\n2 ; x\r\nbc\r\n0;last\r\nTrailer: x\r\n\r\n"
+    chunks = Chunks()
+    assert b"".join(chunks.feed(framed[place : place + size]) for place in range(0, len(framed), size)) == b"abc"
+    assert chunks.ended and not chunks.broken
+
+
+@pytest.mark.parametrize(
+    "body", [b"data: a\n\n", b"-1\r\n", b"\r\n", b"123456789\r\n", b"1\r\nab\r\n", b";a\r\n", b"1;" + b"a" * 300]
+)
 def test_what_is_no_chunk_is_noticed(body: bytes) -> None:
     chunks = Chunks()
     assert chunks.feed(b"1\r\na\r\n" + body)[:1] == b"a" and chunks.broken
@@ -52,15 +62,16 @@ def test_what_is_no_chunk_is_noticed(body: bytes) -> None:
     assert chunks.broken and not chunks.ended
 
 
-def answers(raw: bytes) -> bytes | None:
-    """What `read` makes of an engine that sends these bytes one by one and ends; None where it is not whole."""
+def answers(raw: bytes, size: int = 1) -> bytes | None:
+    """What `read` makes of an engine that sends these bytes in pieces and ends; None where it is not whole."""
 
     async def work() -> bytes | None:
         reply = Reply(b"")
         room = reply.get_buffer(-1)
-        for place in range(len(raw)):
-            room[:1] = raw[place : place + 1]
-            reply.buffer_updated(1)
+        for place in range(0, len(raw), size):
+            piece = raw[place : place + size]
+            room[: len(piece)] = piece
+            reply.buffer_updated(len(piece))
         reply.connection_lost(None)
         try:
             await reply.wait_until_begun()
@@ -80,12 +91,19 @@ def answers(raw: bytes) -> bytes | None:
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n", None),
         (b"HTTP/1.1 200 OK\r\n\r\nabc", b"abc"),
         (b"HTTP/1.1 304 Not Modified\r\n\r\n", b""),
+        (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Hints\r\nA: b\r\n\r\nHTTP/1.1 200 OK\r\n\r\nabc", b"abc"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabcHTTP/1.1 200 OK\r\n\r\n", b"abc"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n3\r\nabc\r\n", b""),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n", None),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\nabc", None),
+        (b"HTTP/1.1 2000 OK\r\n\r\nabc", None),
+        (b"HTTP/1.1 200 OK\r\nETag: a\nSet-Cookie: b\r\n\r\nabc", None),
         (b"HTTP/1.1 200 OK\r\n", None),
         (b"", None),
     ],
 )
 def test_an_answer_is_whole_or_none(raw: bytes, body: bytes | None) -> None:
-    assert answers(raw) == body
+    assert answers(raw) == answers(raw, 16384) == body
 
 
 def test_a_request_is_what_llama_server_reads() -> None:

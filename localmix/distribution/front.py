@@ -21,7 +21,7 @@ from localmix.distribution.rpc_server import PROGRAM, RpcServer
 from localmix.errors import FileError, InputError, NetworkError, UsageError
 
 _PIECE_BYTES = 2**18
-_SILENT = 32  # connections that have not greeted; one more, and the oldest has to go
+_SILENT = 32  # connections that have not greeted, and that watch; one more of either, and the oldest has to go
 _GREETING_BYTES = 256  # of whatever version
 _LARGE_BYTES = 64 * 2**20  # a message that there may not be memory for
 _TURN_SECONDS = 2.0  # a client's next process comes before the end of the one before is seen
@@ -122,8 +122,10 @@ class Front:
         self._offered = offered
         self._tell = tell
         self._turn = threading.Lock()
-        self._silent: dict[socket.socket, None] = {}  # the oldest first
-        self._lock = threading.Lock()  # of these
+        # the oldest first
+        self._silent: dict[socket.socket, None] = {}
+        self._watching: dict[socket.socket, None] = {}
+        self._lock = threading.Lock()  # of these two
         self._closed = threading.Event()
 
     def __enter__(self) -> Front:
@@ -145,13 +147,17 @@ class Front:
                 time.sleep(0.01)
                 continue
             client = str(address[0]).removeprefix("::ffff:")
-            with self._lock:
-                if len(self._silent) >= _SILENT:
-                    oldest = next(iter(self._silent))
-                    del self._silent[oldest]
-                    _shut(oldest)
-                self._silent[connection] = None
+            self._keep(connection, self._silent)
             threading.Thread(target=self._meet, args=(connection, client), daemon=True).start()
+
+    def _keep(self, connection: socket.socket, kept: dict[socket.socket, None]) -> None:
+        """Count a connection among others of its kind, of which the oldest ends if they are too many."""
+        with self._lock:
+            if len(kept) >= _SILENT:
+                oldest = next(iter(kept))
+                del kept[oldest]
+                _shut(oldest)
+            kept[connection] = None
 
     def _meet(self, connection: socket.socket, client: str) -> None:
         with contextlib.closing(connection), contextlib.suppress(OSError):
@@ -161,12 +167,12 @@ class Front:
                 if hasattr(socket, "TCP_USER_TIMEOUT"):  # a client reads at once what it asked for
                     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNREAD_MILLISECONDS)
                 greeting = _read_greeting(connection)
-                if greeting == _WATCH:
-                    self._beat(connection)
-                    return
             finally:
                 with self._lock:
                     self._silent.pop(connection, None)
+            if greeting == _WATCH:
+                self._beat(connection)
+                return
             if not greeting:
                 return
             if not self._turn.acquire(timeout=_TURN_SECONDS):
@@ -181,10 +187,18 @@ class Front:
     def _beat(self, connection: socket.socket) -> None:
         """Tell a client that this worker runs, each time that it asks, until it is gone."""
         connection.settimeout(None)
-        while True:
-            connection.sendall(protocol.STOPPED if self._server.stopped else protocol.RUNS)
-            if not connection.recv(1):
-                return
+        self._keep(connection, self._watching)
+        worked = None
+        try:
+            while True:
+                # not one that is let go on now and then, so that it takes less of the machine
+                before, (stopped, worked) = worked, self._server.activity()
+                connection.sendall(protocol.STOPPED if stopped and worked == before else protocol.RUNS)
+                if not connection.recv(1):
+                    return
+        finally:
+            with self._lock:
+                self._watching.pop(connection, None)
 
     def _free(self, device: int, free: int) -> int:
         """What a client is told of a device's free memory."""
@@ -412,5 +426,6 @@ def _say_busy(connection: socket.socket) -> None:
     answer = protocol.GREETING.pack(*protocol.BUSY, 0, bytes(protocol.HELLO_BYTES))
     connection.sendall(protocol.SIZE.pack(len(answer)) + answer)
     connection.shutdown(socket.SHUT_WR)
-    while connection.recv(4096):  # else what it still sends would throw our answer away
+    end = time.monotonic() + _BUSY_SECONDS
+    while time.monotonic() < end and connection.recv(4096):  # else what it still sends would throw our answer away
         pass

@@ -77,6 +77,7 @@ class _Passage:
         self._engine = engine
         self._watch: socket.socket | None = None
         self._worker: socket.socket | None = None
+        self._beats: bool | None = None  # whether the worker knows what a beat is; None if that is not known
         self._ended = threading.Event()
         self._lock = threading.Lock()
 
@@ -137,7 +138,6 @@ class _Passage:
                 return
 
     def _keep_watch(self) -> None:
-        beats = True
         while not self._ended.is_set():
             # without a place in its queue the worker is only watched while nothing is on its way there
             with contextlib.suppress(NetworkError), contextlib.closing(protocol.connect(self._endpoint)) as watch:
@@ -145,7 +145,7 @@ class _Passage:
                     self._watch = watch
                 try:
                     if not self._ended.is_set():
-                        beats = self._listen(watch, beats)
+                        self._listen(watch)
                 except (ConnectionResetError, BrokenPipeError):  # the other connection will tell, if it means anything
                     pass
                 except OSError as error:
@@ -155,22 +155,24 @@ class _Passage:
                         self._watch = None
             self._ended.wait(_RETRY_SECONDS)
 
-    def _listen(self, watch: socket.socket, beats: bool) -> bool:
-        """Wait for the end of the second connection, or of the worker; whether it may be asked for beats again."""
-        if beats:
+    def _listen(self, watch: socket.socket) -> None:
+        """Wait for the end of the second connection, or of the worker."""
+        if self._beats is not False:
             watch.sendall(protocol.HEADER.pack(protocol.WATCH, 0))
-            beats = False
+        if self._beats:
+            watch.settimeout(_SILENCE_SECONDS)
         stopped = 0
         while beat := watch.recv(1):
-            beats = True
+            self._beats = True
             stopped = stopped + 1 if beat == protocol.STOPPED else 0
             if stopped > _STOPPED_BEATS:
                 self._lose(_lost(self._endpoint, "its ggml-rpc-server is stopped"))
             if self._ended.wait(_BEAT_SECONDS):
-                break
+                return
             watch.settimeout(_SILENCE_SECONDS)
             watch.sendall(protocol.AGAIN)
-        return beats
+        if self._beats is None:
+            self._beats = False
 
     def _lose(self, error: NetworkError) -> None:
         # told before llama.cpp sees its connection end, which it does not survive

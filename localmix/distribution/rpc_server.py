@@ -110,12 +110,15 @@ class RpcServer:
         """Whether the process runs."""
         return self._process is not None and self._process.poll() is None
 
-    @property
-    def stopped(self) -> bool:
-        """Whether the process was told to stop for a while, as with `kill -STOP`."""
+    def activity(self) -> tuple[bool, float]:
+        """Whether the process was told to stop for a while, as with `kill -STOP`; how many seconds it has computed."""
+        process = self._process  # another thread starts it again
         with contextlib.suppress(psutil.Error):
-            return self._process is not None and psutil.Process(self._process.pid).status() == psutil.STATUS_STOPPED
-        return False
+            if process is not None:
+                seen = psutil.Process(process.pid)
+                times = seen.cpu_times()
+                return seen.status() == psutil.STATUS_STOPPED, times.user + times.system
+        return False, 0.0
 
     def ends(self) -> bool:
         """Whether the process is gone, or about to be."""

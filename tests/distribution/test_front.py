@@ -7,6 +7,7 @@ import queue
 import signal
 import socket
 import struct
+import threading
 import time
 from collections.abc import Iterator
 
@@ -166,6 +167,43 @@ def test_who_watches_is_told_how_the_server_fares() -> None:
                 watch.sendall(b"?")
                 told = watch.recv(1)
             assert told == answer
+
+
+def test_a_server_that_is_throttled_is_not_taken_for_stopped() -> None:
+    with fronted() as (endpoint, server, _), connect(endpoint) as watch:
+        watch.settimeout(5)
+        watch.sendall(bytes([255]) + bytes(8))
+        assert watch.recv(1) == b"r"
+        assert server._process is not None
+        told = b""
+        for _ in range(4):
+            server._process.send_signal(signal.SIGCONT)
+            before = server.activity()[1]
+            while server.activity()[1] == before:  # until it has computed
+                devices_of(server.endpoint)
+            server._process.send_signal(signal.SIGSTOP)
+            while not server.activity()[0]:
+                time.sleep(0.01)
+            watch.sendall(b"?")
+            told += watch.recv(1)
+        server._process.send_signal(signal.SIGCONT)
+        assert told == b"rrrr"
+
+
+def test_who_watches_by_the_hundred_keeps_nobody_out() -> None:
+    with fronted() as (endpoint, _, _), contextlib.ExitStack() as stack:
+        before = threading.active_count()
+        watches = []
+        for _ in range(100):
+            watches.append(stack.enter_context(connect(endpoint)))
+            watches[-1].sendall(bytes([255]) + bytes(8))
+        watches[-1].settimeout(5)
+        assert watches[-1].recv(1) == b"r"
+        assert len(devices_of(endpoint)) == 1
+        end = time.monotonic() + 5
+        while threading.active_count() > before + front._SILENT and time.monotonic() < end:
+            time.sleep(0.05)
+        assert threading.active_count() <= before + front._SILENT
 
 
 def test_a_client_that_dies_while_it_is_answered_is_no_fault_of_the_server() -> None:

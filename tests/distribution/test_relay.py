@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
+import select
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -174,6 +177,32 @@ def test_a_worker_that_says_it_is_stopped_is_lost() -> None:
         lost = next(child)
         assert isinstance(lost, Lost) and lost.error.message.endswith("was lost: its ggml-rpc-server is stopped.")
         watch.close()
+
+
+def test_only_who_knows_of_beats_and_gives_none_is_lost_while_it_computes() -> None:
+    kinds = Far(), Far(), Far()  # that beats, of an older version, that falls silent
+    with relayed(*kinds) as (child, ports), contextlib.ExitStack() as stack:
+        engines = [stack.enter_context(near(port)) for port in ports]
+        workers = [stack.enter_context(far.accept()) for far in kinds]
+        for engine, worker in zip(engines, workers, strict=True):
+            worker.sendall(b"a")
+            assert read(engine, 1) == b"a"
+        beats, unanswered, before = (stack.enter_context(far.accept()) for far in kinds)
+        assert [read(watch, 9) for watch in (beats, unanswered, before)] == [WATCH] * 3
+        before.sendall(b"r")
+        before.close()
+        stack.enter_context(kinds[2].accept())  # asked again, it says nothing
+        end = time.monotonic() + 15
+        while not select.select([engines[2]], [], [], 0)[0] and time.monotonic() < end:
+            beats.sendall(b"r")
+            assert read(beats, 1) == b"?"
+        assert engines[2].recv(1) == b""
+        lost = next(event for event in child if isinstance(event, Lost))
+        assert lost.endpoint == kinds[2].endpoint
+        assert lost.error.message.endswith("was lost: it does not answer any more.")
+        for engine, worker in zip(engines[:2], workers[:2], strict=True):
+            worker.sendall(b"b")
+            assert read(engine, 1) == b"b"
 
 
 def test_the_relay_ends_with_its_parent() -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from localmix.errors import CapacityError, FileError, InputError, LocalmixError, UsageError
 from localmix.native.model import NO_MEMORY
-from localmix.serving.engine_client import EngineAddress, EngineState
+from localmix.serving.engine_client import EngineAddress, EngineState, open_socket
 from localmix.serving.engine_options import EngineOptions, environment
 from localmix.serving.server_binary import HOW_TO_GET_IT
 from localmix.worker import LESS_MEMORY, explain_death, last_words
@@ -337,7 +337,7 @@ class Engine:
     async def _ask(self, path: str) -> int:
         address = self._address
         if address.socket is not None:
-            reader, writer = await asyncio.open_unix_connection(address.socket)
+            reader, writer = await asyncio.open_unix_connection(sock=await open_socket(address.socket, self._patience))
         else:
             reader, writer = await asyncio.open_connection("127.0.0.1", address.port)
         try:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
+import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +18,7 @@ from localmix.serving.engine_reply import EngineGone, Reply, request_bytes
 EngineState = Literal["loading", "ready", "restarting", "failed"]
 
 CONNECT_SECONDS = 5.0
+_QUEUE_SECONDS = 0.05  # between two looks at a queue that was full
 ENGINE_LOST = "engine_unavailable"
 
 
@@ -99,11 +102,37 @@ def engine_lost(name: str) -> ApiError:
     )  # fmt: skip
 
 
+async def open_socket(path: Path, seconds: float) -> socket.socket:
+    """A connection to a Unix socket.
+
+    Where its queue is full, the system does not let a program wait, and asyncio takes that for connected.
+
+    Raises:
+        OSError: nobody listens there.
+        TimeoutError: the queue stayed full.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        client = socket.socket(socket.AF_UNIX)
+        client.setblocking(False)
+        try:
+            client.connect(str(path))
+            return client
+        except BlockingIOError:
+            client.close()
+        except OSError:
+            client.close()
+            raise
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        await asyncio.sleep(_QUEUE_SECONDS)
+
+
 async def _connect(address: EngineAddress, reply: Reply) -> None:
     loop = asyncio.get_running_loop()
     try:
         if address.socket is not None:
-            await loop.create_unix_connection(lambda: reply, str(address.socket))
+            await loop.create_unix_connection(lambda: reply, sock=await open_socket(address.socket, CONNECT_SECONDS))
         else:
             connecting = loop.create_connection(lambda: reply, "127.0.0.1", address.port)
             await asyncio.wait_for(connecting, CONNECT_SECONDS)

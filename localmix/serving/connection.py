@@ -148,6 +148,8 @@ class Connection(web.RequestHandler):
         """A request's head is complete."""
         self.is_busy = True
         self._cancel_deadline()
+        if self.is_full and not self.writing_paused:  # of a stream before, whose pause aiohttp was not told
+            super().pause_writing()
 
     def end(self) -> None:
         """It was answered; the next may come."""

@@ -47,6 +47,7 @@ SECURITY_HEADERS = {
 }
 
 _NAME = re.compile(r"[!-~]{8,256}")  # of a conversation
+_PLACE = re.compile(r"[0-9]{1,18}")  # in its reply
 
 
 @dataclass(frozen=True)
@@ -159,9 +160,7 @@ class Gateway:
     def _close_idle(self) -> None:
         for connection in self._server.connections if self._server is not None else ():
             assert isinstance(connection, Connection)
-            if connection.is_busy:
-                connection.close()
-            else:
+            if not connection.is_busy:  # what comes of a request's body is still read
                 connection.force_close()
 
     async def _cut(self) -> int:
@@ -216,8 +215,8 @@ class Gateway:
             response = error_response(_shutting_down())
         if not response.prepared:
             response.headers.update({**SECURITY_HEADERS, **call.origin.cors})
-            if self._ending:
-                response.force_close()
+        if self._ending:
+            response.force_close()
         return response
 
     async def _answer(self, call: _Call) -> web.StreamResponse:
@@ -314,7 +313,7 @@ class Gateway:
         if engine is None:
             raise ApiError(404, "There is no reply to take up.", code="not_found")
         call.model = engine.name
-        path = f"{call.path}?conv_id={quote(name, safe='')}" + (f"&from={start}" if start.isdecimal() else "")
+        path = f"{call.path}?conv_id={quote(name, safe='')}" + (f"&from={start}" if _PLACE.fullmatch(start) else "")
         self._conversations.join(name, engine)
         try:
             async with ask(engine, "GET", path) as reply:
@@ -353,12 +352,12 @@ class Gateway:
         call.status = 200
         headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         response = web.StreamResponse(headers={**headers, **SECURITY_HEADERS, **call.origin.cors})
-        if self._ending:
+        chunked = call.request.version >= HttpVersion11
+        if self._ending or not chunked:  # without chunks the connection's end is the stream's
             response.force_close()
         await response.prepare(call.request)
         if call.connection.transport is None:
             raise ConnectionResetError
-        chunked = call.request.version >= HttpVersion11
         pipe = Pipe(reply, call.connection, chunked, self._policy.stall_seconds)
         try:
             call.end = await pipe.run()

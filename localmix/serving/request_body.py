@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from localmix.serving.api_errors import ApiError
 from localmix.serving.policy import Policy
@@ -27,7 +27,7 @@ async def read_object(
         ApiError: it is none, or too large, or too slow.
     """
     _check_head(request, policy.body_limit_bytes)
-    if request.headers.get("Expect") and request.transport is not None:
+    if request.headers.get("Expect") and request.version >= HttpVersion11 and request.transport is not None:
         request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     try:
         body = await asyncio.wait_for(_read(request, policy.body_limit_bytes, count), policy.body_seconds)

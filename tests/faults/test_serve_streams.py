@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import socket
 import tempfile
@@ -129,6 +130,20 @@ def read_stream(client: socket.socket) -> bytes:
     return raw
 
 
+def fill(front: Front, engine: socket.socket) -> Connection:
+    """Stream to the only client, which does not read, until its buffer is nearly full."""
+    assert front.gateway._server is not None
+    (connection,) = front.gateway._server.connections
+    assert isinstance(connection, Connection) and connection.transport is not None
+    sent = 0
+    while connection.transport.get_write_buffer_size() < UNSENT_BYTES - 3000:
+        engine.sendall(CHUNK * 10)
+        sent += 10 * len(EVENT)
+        while not isinstance(connection.follower, Pipe) or connection.follower.size < sent:
+            time.sleep(0.0002)
+    return connection
+
+
 def wait_for_end(front: Front) -> str:
     """How the first request ended."""
     deadline = time.monotonic() + 10
@@ -175,6 +190,23 @@ def test_an_old_client_gets_a_stream_without_chunks() -> None:
         head, _, body = raw.partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.0 200") and b"chunked" not in head.lower()
         assert body == EVENT * 3
+
+
+def test_the_end_of_a_stream_without_chunks_is_that_of_its_connection() -> None:
+    with running(lambda client: client.sendall(HEAD + CHUNK + LAST)) as (front, _):
+        kept = b" HTTP/1.0\r\nConnection: keep-alive"
+        assert front.send(ASKED.replace(b" HTTP/1.1", kept)).endswith(EVENT)
+
+
+def test_only_who_knows_of_it_is_told_to_go_on() -> None:
+    with running(lambda client: client.sendall(HEAD + CHUNK + LAST)) as (front, _), front.open() as client:
+        expecting = ASKED.replace(b"\r\n", b"\r\nExpect: 100-continue\r\n", 1)
+        assert front.send(expecting.replace(b"HTTP/1.1", b"HTTP/1.0")).startswith(b"HTTP/1.0 200 OK\r\n")
+        head, _, body = expecting.partition(b"\r\n\r\n")
+        client.sendall(head + b"\r\n\r\n")
+        assert client.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        client.sendall(body)
+        assert body_of(read_stream(client)) == EVENT
 
 
 @pytest.mark.parametrize(
@@ -274,16 +306,8 @@ def test_streams_one_after_the_other_wait_for_the_client_too() -> None:
         if next(turns):
             engine.flood(client)
             return
-        assert front.gateway._server is not None
-        (connection,) = front.gateway._server.connections
-        assert isinstance(connection, Connection) and connection.transport is not None
         client.sendall(HEAD)
-        sent = 0
-        while connection.transport.get_write_buffer_size() < UNSENT_BYTES - 3000:
-            client.sendall(CHUNK * 10)
-            sent += 10 * len(EVENT)
-            while not isinstance(connection.follower, Pipe) or connection.follower.size < sent:
-                time.sleep(0.0002)
+        connection = fill(front, client)
         client.sendall(CHUNK * 50 + LAST)  # the last that is read fills the buffer
         wait_for_end(front)
         seen.append(connection.is_full)
@@ -297,6 +321,60 @@ def test_streams_one_after_the_other_wait_for_the_client_too() -> None:
             piece = client.recv(1 << 20)
             assert piece
             read += len(piece)
+
+
+def test_answers_behind_a_stream_that_nobody_reads_wait_too() -> None:
+    def act(client: socket.socket) -> None:
+        client.sendall(HEAD)
+        fill(front, client)
+        client.sendall(CHUNK * 50 + LAST)
+
+    with running(act, Policy(port=0, stall_seconds=1.0)) as (front, _), front.open() as client:
+        client.sendall(ASKED)
+        assert wait_for_end(front) == "done"
+        client.settimeout(5)
+        with pytest.raises(OSError):  # it stops to take them, and gives the client up
+            while len(front.records) < 10_000:
+                client.sendall(HEALTH * 10)
+        assert len(front.records) < 100
+
+
+def test_a_request_whose_body_is_on_its_way_is_answered_before_the_end_of_the_server() -> None:
+    with running(lambda client: client.sendall(HEAD + CHUNK + LAST)) as (front, _), front.open() as client:
+        client.sendall(ASKED[:-5])
+        assert front.gateway._server is not None
+        deadline = time.monotonic() + 10
+        while not front.gateway._running:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        drain = asyncio.run_coroutine_threadsafe(front.gateway.drain(20), front.loop)
+        time.sleep(0.2)
+        client.sendall(ASKED[-5:])
+        raw = read_all(client)
+        assert body_of(raw) == EVENT and b"\r\nConnection: close\r\n" in raw
+        assert drain.result(10) == 0
+
+
+def test_an_engine_that_is_slow_to_accept_is_waited_for() -> None:
+    with tempfile.TemporaryDirectory(prefix="lm") as folder, socket.socket(socket.AF_UNIX) as listener:
+        path = Path(folder, "engine.sock")
+        listener.bind(str(path))
+        listener.listen(0)
+        engine = Scripted(EngineAddress(path), lambda client: None)
+        with running_gateway([engine], Policy(port=0)) as front:
+            clients = [front.open() for _ in range(4)]
+            for client in clients:
+                client.sendall(ASKED)
+            time.sleep(0.5)
+            assert not front.records
+            for _ in clients:
+                accepted, _ = listener.accept()
+                with accepted:
+                    assert accepted.recv(65536)
+                    accepted.sendall(HEAD + CHUNK + LAST)
+            for client in clients:
+                assert body_of(read_stream(client)) == EVENT
+                client.close()
 
 
 def test_the_end_of_the_server_does_not_wait_for_a_client_that_does_not_read() -> None:

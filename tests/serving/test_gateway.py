@@ -300,6 +300,9 @@ def test_the_page_takes_its_reply_up_again(front: Front, server: Server) -> None
 
     (found,) = front.ask("POST", "/v1/streams/lookup", {"conversation_ids": [NAME, "another"]}).json
     assert found["conversation_id"] == NAME and found["is_done"] is False
+    with front.open() as client:  # from a number that only people read
+        client.sendall(f"GET /v1/stream?conv_id={NAME}&from=%D9%A3 HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        assert client.recv(65536).startswith(b"HTTP/1.1 200")
     with front.open() as client:
         client.sendall(f"GET /v1/stream?conv_id={NAME}&from=0 HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         seen = b""

@@ -37,6 +37,7 @@ from localmix.serving.request_limits import check_limits
 End = Ending | Literal["cut"]
 
 STOP_SECONDS = 2.0
+_LOOK_SECONDS = 0.05  # between two looks whether clients have read the last of their answers
 CONVERSATION = "X-Conversation-Id"
 KEPT_SECONDS = 30.0  # how long a reply goes on when its page is gone
 SECURITY_HEADERS = {
@@ -141,14 +142,20 @@ class Gateway:
         return str(address[0]), int(address[1])
 
     async def drain(self, seconds: float) -> int:
-        """Accept nothing more, and let what is running end; returns how many requests had to be cut."""
+        """Accept nothing more, and let what is running end and be read; returns how many requests had to be cut."""
+        now = asyncio.get_running_loop().time
+        deadline = now() + seconds
         self._ending = True
         if self._listener is not None:
             self._listener.close()
+        transports = [connection.transport for connection in self._connections() if connection.transport]
         self._close_idle()
         if self._running:
             await asyncio.wait(set(self._running), timeout=seconds)
-        return await self._cut()
+        cut = await self._cut()
+        while now() < deadline and any(transport.get_write_buffer_size() for transport in transports):
+            await asyncio.sleep(_LOOK_SECONDS)
+        return cut
 
     async def stop(self) -> None:
         """Cut what is running and close; harmless when it never started."""
@@ -157,9 +164,12 @@ class Gateway:
             await self._server.shutdown(STOP_SECONDS)
         self._conversations.close()
 
+    def _connections(self) -> list[Connection]:
+        known = self._server.connections if self._server is not None else []
+        return [connection for connection in known if isinstance(connection, Connection)]
+
     def _close_idle(self) -> None:
-        for connection in self._server.connections if self._server is not None else ():
-            assert isinstance(connection, Connection)
+        for connection in self._connections():
             if not connection.is_busy:  # what comes of a request's body is still read
                 connection.force_close()
 

@@ -377,6 +377,19 @@ def test_an_engine_that_is_slow_to_accept_is_waited_for() -> None:
                 client.close()
 
 
+def test_the_end_of_the_server_waits_till_an_answer_is_read() -> None:
+    size = 8 << 20  # more than the system holds
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % size
+    with running(lambda client: client.sendall(head + b"\xff" * size)) as (front, _), front.open() as client:
+        client.sendall(ASKED)
+        assert wait_for_end(front) == "done"
+        drain = asyncio.run_coroutine_threadsafe(front.gateway.drain(20), front.loop)
+        time.sleep(0.3)
+        assert not drain.done()
+        assert read_all(client).count(b"\xff") == size
+        assert drain.result(2) == 0
+
+
 def test_the_end_of_the_server_does_not_wait_for_a_client_that_does_not_read() -> None:
     with running("flood") as (front, engine), front.open() as client:
         client.sendall(ASKED)

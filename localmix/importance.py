@@ -242,7 +242,10 @@ def _load_legacy(file: PositionalFile) -> Importance:
 
 
 def _stack_experts(entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    """Entries of single experts, as files of before April 2024 have them, put together where none is missing."""
+    """Entries of single experts, as files of before April 2024 have them, put together where none is missing.
+
+    An expert that no token reached has no entry there; how many there are is what the other layers say.
+    """
     experts: dict[str, dict[int, Entry]] = {}
     result: dict[str, Entry] = {}
     for name, entry in entries.items():
@@ -251,10 +254,11 @@ def _stack_experts(entries: Mapping[str, Entry]) -> dict[str, Entry]:
             result[name] = entry
         else:
             experts.setdefault(place[0], {})[place[1]] = entry
+    count = 1 + max((number for found in experts.values() for number in found), default=0)
     for name, found in experts.items():
-        if sorted(found) == list(range(len(found))):
+        if len(found) == count:
             # each has a count of its own, of calls: means, as if of one call, leave nothing that looks like tokens
-            means = [found[number].sums / found[number].counts for number in range(len(found))]
+            means = [found[number].sums / found[number].counts for number in range(count)]
             result[name] = Entry(np.concatenate(means, axis=1), np.ones(1, np.float32))
     return result
 

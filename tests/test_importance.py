@@ -81,6 +81,8 @@ def test_entries_of_single_experts_in_the_older_format(tmp_path: Path) -> None:
     assert not read.coverage.tokens
     path.write_bytes(legacy(experts[0]))  # the other one was never reached, or is lost
     assert not load_importance(path).entries
+    path.write_bytes(legacy(*experts, ("blk.2.ffn_up.0.weight", 1, [5.0, 5.0])))  # as in another layer the last one
+    assert set(load_importance(path).entries) == {"blk.1.ffn_up_exps.weight"}
 
 
 def broken_files() -> dict[str, tuple[bytes, str]]:

@@ -312,9 +312,12 @@ def _sort_out(words: tuple[str, ...], known: Presets, wish: MixtureWish) -> tupl
     from localmix import library
     from localmix.errors import UsageError
 
+    kinds = [word for word in words if _names_types(word, known)]
+    if len(kinds) > 1 and not any(library.is_there(word) for word in kinds):
+        raise UsageError("Several types are one word, without spaces.", f"Such as {','.join(kinds)}.")
     if len(words) > 2:
         raise UsageError(f"{words[2]!r} is one argument too many.", "Name types and one model; -o names the output.")
-    kind = next((word for word in words if _names_types(word, known)), None)
+    kind = next(iter(kinds), None)
     rest = [word for word in words if word is not kind]
     if kind is None and not (wish.is_given and len(rest) < 2):
         unknown = [word for word in rest if not library.is_there(word)]

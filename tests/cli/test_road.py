@@ -50,6 +50,7 @@ def test_quantize_takes_model_and_type_in_either_order(localmix: CommandLine) ->
     localmix("quantize", "./fox", "Q4_K", "-o", "two.gguf")
     assert (localmix.folder / "one.gguf").read_bytes() == (localmix.folder / "two.gguf").read_bytes()
     assert "-o names the output" in localmix.fails("quantize", "fox", "out.gguf", "Q4_K", expect=2)
+    assert "Such as Q4_K,q8_0." in localmix.fails("quantize", "fox", "Q4_K", "q8_0", expect=2)
     assert "No type was named" in localmix.fails("quantize", "fox", expect=2)
     assert "no quantization type 'Q44'" in localmix.fails("quantize", "fox", "Q44", expect=2)
 

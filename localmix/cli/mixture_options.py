@@ -165,10 +165,7 @@ def mixture_options(function: Command) -> Command:
         alone = [name for name, value in given if value]
         if alone and not targets and fit is None:
             raise UsageError(f"{alone[0]} is for a mixture that is chosen.", "Say how large with --target or --fit.")
-        terms = Terms(
-            types=_parse_types(choice),
-            minima=tuple(parse_rule(minimum) for minimum in minima),
-        )
+        terms = Terms(types=_parse_types(choice), minima=tuple(parse_rule(minimum) for minimum in minima))
         request = Request(terms, sensitivity)
         wanted = dict.fromkeys(parse_target(target) for target in targets)
         wish = MixtureWish(tuple(wanted), fit, request, choice == "fast")

@@ -86,7 +86,6 @@ class Perplexity:
         ppl: exp of the mean negative log-likelihood.
         error: standard error of `ppl`.
         nll: mean negative log-likelihood, in nats per token.
-        chunk_nll: the mean of each chunk.
         threads: of the processor.
         seconds: of computing, without loading.
         prompt_ms_per_token: milliseconds for each token that went through the model here; None if none did.
@@ -110,7 +109,6 @@ class Perplexity:
     ppl: float
     error: float
     nll: float
-    chunk_nll: tuple[float, ...]
     threads: int
     seconds: float
     prompt_ms_per_token: float | None
@@ -282,7 +280,6 @@ def describe(
         ppl=ppl,
         error=error,
         nll=float(nll.mean()),
-        chunk_nll=tuple(nll.mean(axis=1).tolist()),
         threads=threads,
         seconds=scores.seconds,
         prompt_ms_per_token=None if decoding is None else 1000 * decoding / (len(nll) * conditions.ctx),

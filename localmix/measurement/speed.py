@@ -325,7 +325,7 @@ class _Runner:
 
 @dataclass(frozen=True)
 class Speed:
-    """Speeds of a model, mean and standard deviation over the repetitions.
+    """Speeds of a model, means over the repetitions.
 
     Attributes:
         prompt: tokens of the prompt, read at `prompt_tps` tokens per second; 0 and None if none was.
@@ -335,13 +335,9 @@ class Speed:
 
     prompt: int
     prompt_tps: float | None
-    prompt_deviation: float | None
     generated: int
     generation_tps: float
-    generation_deviation: float
     ms_per_token: float
-    threads: int
-    repetitions: int
 
 
 def time_model(
@@ -374,11 +370,7 @@ def time_model(
     return Speed(
         prompt=prompt,
         prompt_tps=reading.tps if reading else None,
-        prompt_deviation=reading.deviation if reading else None,
         generated=generated,
         generation_tps=generating.tps,
-        generation_deviation=generating.deviation or 0.0,
         ms_per_token=generating.ms_per_token,
-        threads=threads,
-        repetitions=repetitions,
     )

@@ -171,7 +171,7 @@ def test_averages_count_every_text_the_same() -> None:
 def measured(kind: str, size: int, nll: np.ndarray, divergence: np.ndarray | None = None) -> Measured:
     ppl = math.exp(nll.mean())
     found = Perplexity(
-        f"m-{kind}.gguf", "a", (), 8, 1, len(nll), ppl, 0.1, float(nll.mean()), (), 1, 1.0, 1.0, token_nll=nll
+        f"m-{kind}.gguf", "a", (), 8, 1, len(nll), ppl, 0.1, float(nll.mean()), 1, 1.0, 1.0, token_nll=nll
     )
     if divergence is not None:
         found = replace(

@@ -43,7 +43,7 @@ def test_it_is_the_mean_over_the_second_halves(random_model: Path, text: Path, c
     assert (found.chunks, found.tokens, found.context) == (count, len(flat), ctx)
     assert found.ppl == pytest.approx(math.exp(flat.mean()), rel=2e-4)
     assert found.error == pytest.approx(flat.std() / math.sqrt(len(flat) - 1) * found.ppl, rel=2e-3)
-    assert np.allclose(found.chunk_nll, [chunk.mean() for chunk in values], rtol=2e-3)
+    assert np.allclose(found.token_nll.reshape(count, -1).mean(axis=1), [chunk.mean() for chunk in values], rtol=2e-3)
     assert (found.model, found.corpus) == ("random.gguf", "text.txt")
     assert steps[0] == (0, count, "chunks") and steps[-1] == (count, count, "chunks")
     assert found.speed is None and found.seconds > 0

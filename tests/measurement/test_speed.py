@@ -75,8 +75,8 @@ def test_settings_that_fail_do_not_stop_the_others(tmp_path: Path) -> None:
 def test_a_loaded_model_is_measured_as_it_is(random_model: Path) -> None:
     steps: list[tuple[int, int, str]] = []
     speed = run(time_opened, random_model, 64, 16, 3, progress=lambda *step: steps.append(step))
-    assert (speed.prompt, speed.generated, speed.repetitions, speed.threads) == (64, 16, 3, 1)
-    assert min(speed.prompt_tps, speed.generation_tps, speed.prompt_deviation) > 0
+    assert (speed.prompt, speed.generated) == (64, 16)
+    assert speed.prompt_tps and min(speed.prompt_tps, speed.generation_tps) > 0
     # the mean of the times, which is not the time of the mean speed but never less
     assert speed.ms_per_token >= 1000 / speed.generation_tps * (1 - 1e-9)
     assert steps[-1] == (6, 6, "runs")

@@ -261,7 +261,7 @@ def test_a_client_that_leaves_without_reading_frees_the_engine_at_once(half: boo
             client.shutdown(socket.SHUT_WR)
         else:
             client.close()
-        assert engine.left.wait(2)
+        assert engine.left.wait(10)
         assert wait_for_end(front) == "client left"
 
 
@@ -276,7 +276,7 @@ def test_a_client_that_leaves_frees_an_engine_that_is_thinking() -> None:
         client.sendall(ASKED)
         assert client.recv(65536)
         client.close()
-        assert left.wait(2)
+        assert left.wait(10)
         assert wait_for_end(front) == "client left"
 
 
@@ -284,7 +284,7 @@ def test_a_client_that_reads_nothing_is_dropped_in_time() -> None:
     with running("flood", Policy(port=0, stall_seconds=1.0)) as (front, engine), front.open() as client:
         client.sendall(ASKED)
         engine.wait_until_blocked()
-        assert engine.left.wait(4)
+        assert engine.left.wait(10)
         assert wait_for_end(front) == "client stalled"
         assert not read_all(client).endswith(LAST)
 
@@ -329,11 +329,11 @@ def test_answers_behind_a_stream_that_nobody_reads_wait_too() -> None:
         fill(front, client)
         client.sendall(CHUNK * 50 + LAST)
 
-    with running(act, Policy(port=0, stall_seconds=1.0)) as (front, _), front.open() as client:
+    with running(act) as (front, _), front.open() as client:
         client.sendall(ASKED)
         assert wait_for_end(front) == "done"
-        client.settimeout(5)
-        with pytest.raises(OSError):  # it stops to take them, and gives the client up
+        client.settimeout(1)
+        with pytest.raises(TimeoutError):  # they are not even taken
             while len(front.records) < 10_000:
                 client.sendall(HEALTH * 10)
         assert len(front.records) < 100

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -119,11 +120,14 @@ def test_a_crash_is_told_and_repaired_until_there_are_too_many(
     told: list[EngineEvent] = []
     engine = Engine(program, options(tinymix_bf16), tmp_path, tell=told.append, pauses=(0.05, 0.1))
 
+    def has_told(count: int) -> bool:
+        return len(told) == count and engine.state == "ready"
+
     async def use(engine: Engine) -> None:
         for number in (1, 2):
             before = engine.pid
             os.kill(before or 0, signal.SIGKILL)
-            await until(lambda due=2 * number: len(told) == due and engine.state == "ready")
+            await until(partial(has_told, 2 * number))
             assert engine.pid != before and await engine.ask("/health") == 200
         os.kill(engine.pid or 0, signal.SIGKILL)
         await asyncio.wait_for(engine.wait_failed(), 5)

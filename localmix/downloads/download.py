@@ -187,12 +187,13 @@ def fetch(
 
 def _disk_error(error: OSError, path: Path) -> LocalmixError:
     told = file_error(error, path, "write")
-    if isinstance(told, CapacityError) and error.errno != errno.EFBIG:
-        return CapacityError(
-            told.message,
-            "Make room; the same command goes on where this one stopped. LOCALMIX_HOME may name another disk.",
-        )
-    return told
+    if not isinstance(told, CapacityError):
+        return told
+    if error.errno == errno.EFBIG:
+        return CapacityError(told.message, "LOCALMIX_HOME may name a disk with another file system.")
+    return CapacityError(
+        told.message, "Make room; the same command goes on where this one stopped. LOCALMIX_HOME may name another disk."
+    )
 
 
 def _fetch_once(repository: Repository, download: Download, stop: Stop, watch: Callable[[int], None]) -> str | None:

@@ -107,7 +107,7 @@ def test_kill_and_the_same_command_goes_on(localmix: CommandLine, served: Hub) -
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="the limit on a file's size is POSIX")
-def test_a_disk_that_gets_full_is_4_and_what_came_stays(localmix: CommandLine, served: Hub) -> None:
+def test_a_file_too_large_for_its_file_system_is_4(localmix: CommandLine, served: Hub) -> None:
     import resource
 
     limit = (400_000, 400_000)
@@ -115,7 +115,7 @@ def test_a_disk_that_gets_full_is_4_and_what_came_stays(localmix: CommandLine, s
     _, err = run.communicate(timeout=60)
     assert run.returncode == 4, err
     assert "larger than its file system allows" in err
-    assert "goes on where this one stopped" in err
+    assert "LOCALMIX_HOME may name" in err
     localmix("pull", NAME)
 
 

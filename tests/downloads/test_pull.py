@@ -407,21 +407,6 @@ def test_a_gguf_file_that_is_not_there_as_a_whole(served: Hub) -> None:
         pull("org/dog:Q8_0")
 
 
-@pytest.mark.skipif(os.name == "nt", reason="POSIX limits")
-def test_a_file_that_the_file_system_finds_too_large(served: Hub) -> None:
-    import resource
-
-    served.repositories["org/cat"] = {"cat-Q8_0.gguf": bytes(1 << 20)}
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
-    try:
-        with pytest.raises(CapacityError, match="larger than its file system allows") as caught:
-            pull("org/cat")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "Make room" not in caught.value.hint
-
-
 def test_names_that_fold_to_one(served: Hub) -> None:
     served.repositories["org/cat"] = {"a/cat-Q8_0.gguf": b"a", "b/Cat-Q8_0.gguf": b"b"}
     with pytest.raises(UsageError, match=r"Two files of org/cat would become Cat-Q8_0\.gguf"):

@@ -355,6 +355,24 @@ def test_a_request_whose_body_is_on_its_way_is_answered_before_the_end_of_the_se
         assert drain.result(10) == 0
 
 
+def test_a_stream_that_ends_after_the_server_began_to_end_takes_its_connection_along() -> None:
+    def reply(client: socket.socket) -> None:
+        client.sendall(HEAD + CHUNK)
+        draining.wait(10)
+        client.sendall(CHUNK + LAST)
+
+    draining = threading.Event()
+    with running(reply) as (front, _), front.open() as client:
+        client.sendall(ASKED + HEALTH)
+        first = client.recv(65536)
+        drain = asyncio.run_coroutine_threadsafe(front.gateway.drain(20), front.loop)
+        front.run(asyncio.sleep(0))
+        draining.set()
+        raw = first + read_all(client)
+        assert body_of(raw) == EVENT * 2  # and nothing behind it
+        assert drain.result(10) == 0
+
+
 def test_an_engine_that_is_slow_to_accept_is_waited_for() -> None:
     with tempfile.TemporaryDirectory(prefix="lm") as folder, socket.socket(socket.AF_UNIX) as listener:
         path = Path(folder, "engine.sock")

@@ -151,7 +151,7 @@ def place(repository: Repository, files: Sequence[HubFile]) -> list[Place]:
                 origin = "did not come from the hub" if pulled is None else f"came from {pulled.repository}"
                 raise UsageError(
                     f"The library has {found.path.name} already, and it {origin}.",
-                    f"Remove it with `localmix rm {found.model}:{gguf_type(found.inside)}`.",
+                    f"Remove it with `localmix rm {found.model}:{library.split_name(found.path)[1]}`.",
                 )
     # config.json decides what a folder is: a model of GGUF files is named by them
     return sorted(places, key=lambda found: not found.of_checkpoint)

@@ -433,6 +433,12 @@ def test_a_file_of_another_repository_is_not_replaced(served: Hub) -> None:
     with pytest.raises(UsageError, match="came from one/cat") as caught:
         pull("two/cat")
     assert "`localmix rm cat:Q8_0`" in caught.value.hint
+    served.repositories["one/cat"] = {"odd.gguf": b"one"}
+    pull("one/cat")
+    served.repositories["two/cat"] = {"odd.gguf": b"two"}
+    with pytest.raises(UsageError) as caught:
+        pull("two/cat")
+    assert "`localmix rm cat:odd`" in caught.value.hint
     assert not pull("three/cat").files[0].fetched
     assert path.read_bytes() == b"one"
 

@@ -161,7 +161,9 @@ def _model(folder: Path, source: str | None) -> Model:
 
 def _unfinished_files(folder: Path) -> list[Path]:
     """What a stopped `pull`, or a stopped `quantize` of a model of the hub, left in a model's folder."""
-    coming = [path for path in (folder / DOWNLOADS).rglob("*") if path.is_file() or path.is_symlink()]
+    downloads = folder / DOWNLOADS
+    below = () if downloads.is_symlink() else downloads.rglob("*")
+    coming = [path for path in below if path.is_file() or path.is_symlink()]
     made = [*folder.glob(".*.partial"), *folder.glob(".*.journal")] if coming else []
     return [*coming, *made, *folder.glob(".*.part")]
 
@@ -175,7 +177,13 @@ def _pulled_files(folder: Path) -> list[Path]:
     record = read_record(folder)
     found = [folder / place for place in record]
     found += [path for name in (f"**/{RECORD}", "**/.*.part", "**/.*.part.json") for path in folder.glob(name)]
-    return [path for path in dict.fromkeys(found) if path.is_file() and not path.is_symlink()]
+    root = folder.resolve()
+    return [
+        path
+        for path in dict.fromkeys(found)
+        # a link in the folder may lead out of it
+        if path.is_file() and not path.is_symlink() and path.resolve().is_relative_to(root)
+    ]
 
 
 def split_file_name(name: str) -> tuple[str, str]:
@@ -687,7 +695,8 @@ def remove(removal: Removal) -> None:
             raise file_error(error, path, "delete") from error
     inside = {folder for path in removal.files for folder in path.parents if removal.folder in folder.parents}
     downloads = removal.folder / DOWNLOADS
-    inside |= {downloads, *(path for path in downloads.rglob("*") if path.is_dir())}
+    if not downloads.is_symlink():
+        inside |= {downloads, *(path for path in downloads.rglob("*") if path.is_dir())}
     for folder in (*sorted(inside, reverse=True), removal.folder):
         with contextlib.suppress(OSError):  # somebody else's files are in it: they stay
             folder.rmdir()

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from localmix import library
+from localmix.downloads.pull_record import Pulled, read_record, write_record
 from localmix.errors import FileError, InputError, LocalmixError, UsageError
 from localmix.library import Purpose, resolve
 
@@ -220,6 +221,25 @@ def test_rm_does_not_follow_links_out_of_the_library(home: Path, tmp_path: Path)
     library.remove(library.plan_removal("n"))
     assert target.exists()
     assert not (home / "n").exists()
+
+
+def test_rm_deletes_nothing_that_a_folder_of_somebody_elses_leads_to(home: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    precious = mine / "precious.txt"
+    precious.write_text("x")
+    pulled = library.pulled_folder("m")
+    put(home, "m", "Q8_0")
+    pulled.mkdir()
+    (pulled / "link").symlink_to(mine)
+    (home / "m" / ".download").symlink_to(mine)
+    (pulled / "config.json").write_text("{}")
+    places = ("config.json", "../../../mine/precious.txt", str(precious), "link/precious.txt", "..\\x", "C:x")
+    write_record(pulled, {place: Pulled("org/m", "0", "name", 1, "", "", 0) for place in places})
+    assert set(read_record(pulled)) == {"config.json", "link/precious.txt"}
+    library.remove(library.plan_removal("m"))
+    assert precious.exists()
+    assert not (pulled / "config.json").exists()
 
 
 def test_rm_of_a_model_takes_leftovers_and_leaves_what_is_not_ours(home: Path) -> None:

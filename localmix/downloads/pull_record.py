@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 RECORD = ".hub.json"
@@ -32,7 +32,10 @@ class Pulled:
 
 
 def read_record(folder: Path) -> dict[str, Pulled]:
-    """By path inside the folder, with `/`: what came from the hub; empty where nothing did."""
+    """By path inside the folder, with `/`: what came from the hub; empty where nothing did.
+
+    A record may have come with a folder of somebody else's: a path that leads out of the folder is left out.
+    """
     try:
         record: Any = json.loads((folder / RECORD).read_text("utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -43,9 +46,15 @@ def read_record(folder: Path) -> dict[str, Pulled]:
             pulled = Pulled(**entry)
         except TypeError:
             continue
-        if all(isinstance(value, kind) for value, kind in zip(asdict(pulled).values(), _KINDS, strict=True)):
+        right = all(isinstance(value, kind) for value, kind in zip(asdict(pulled).values(), _KINDS, strict=True))
+        if right and _stays_inside(place):
             found[place] = pulled
     return found
+
+
+def _stays_inside(place: str) -> bool:
+    windows = PureWindowsPath(place)  # what is a folder, a drive or a root to either system
+    return not windows.anchor and not PurePosixPath(place).is_absolute() and ".." not in windows.parts
 
 
 _KINDS = (str, str, str, int, str, str, int)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -375,6 +376,36 @@ def test_a_stream_that_ends_after_the_server_began_to_end_takes_its_connection_a
         raw = first + read_all(client)
         assert body_of(raw) == EVENT * 2  # and nothing behind it
         assert drain.result(10) == 0
+
+
+def test_streams_leave_nothing_behind_however_they_end() -> None:
+    turns = itertools.count()
+
+    def act(client: socket.socket) -> None:
+        ending = (LAST, b"", b"nonsense\r\n")[next(turns) % 3]
+        client.sendall(HEAD + CHUNK + ending)
+
+    async def left_behind() -> tuple[set[asyncio.Task[Any]], list[asyncio.TimerHandle]]:
+        loop: Any = asyncio.get_running_loop()
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        return tasks, [timer for timer in loop._scheduled if not timer.cancelled()]
+
+    with running(act) as (front, _):
+        assert front.gateway._server is not None
+        with front.open() as client:
+            for _ in range(6):
+                client.sendall(ASKED)
+                read_stream(client)
+            (connection,) = front.gateway._server.connections
+            assert isinstance(connection, Connection) and connection.follower is None
+        for _ in range(6):
+            with front.open() as client:
+                client.sendall(ASKED)
+                client.recv(1)
+        deadline = time.monotonic() + 10
+        while front.gateway._server.connections or front.run(left_behind()) != (set(), []):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
 
 
 def test_an_engine_that_is_slow_to_accept_is_waited_for() -> None:

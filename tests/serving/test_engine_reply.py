@@ -64,12 +64,16 @@ def test_what_is_no_chunk_is_noticed(body: bytes) -> None:
 
 def answers(raw: bytes, size: int = 1) -> bytes | None:
     """What `read` makes of an engine that sends these bytes in pieces and ends; None where it is not whole."""
+    return answers_to([raw[place : place + size] for place in range(0, len(raw), size)])
+
+
+def answers_to(pieces: list[bytes]) -> bytes | None:
+    """The same of pieces as they are."""
 
     async def work() -> bytes | None:
         reply = Reply(b"")
         room = reply.get_buffer(-1)
-        for place in range(0, len(raw), size):
-            piece = raw[place : place + size]
+        for piece in pieces:
             room[: len(piece)] = piece
             reply.buffer_updated(len(piece))
         reply.connection_lost(None)
@@ -104,6 +108,11 @@ def answers(raw: bytes, size: int = 1) -> bytes | None:
 )
 def test_an_answer_is_whole_or_none(raw: bytes, body: bytes | None) -> None:
     assert answers(raw) == answers(raw, 16384) == body
+
+
+def test_a_chunk_behind_the_last_belongs_to_no_answer() -> None:
+    whole = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"
+    assert answers_to([whole, b"3\r\ndef\r\n"]) == b"abc"
 
 
 def test_a_request_is_what_llama_server_reads() -> None:

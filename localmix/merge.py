@@ -28,7 +28,7 @@ from localmix.architectures import ARCHITECTURES
 from localmix.errors import CapacityError, FileError, InputError
 from localmix.native.devices import default_threads
 from localmix.output import OutputFile, file_error, lock_for
-from localmix.presentation.table import size as readable
+from localmix.sizes import size as readable
 from localmix.sources.adapter import Adapter, Lora, is_embedding
 from localmix.sources.checkpoint import CONFIG, INDEX, list_folder, open_adapters, open_shards, tokenizer_folder
 from localmix.sources.documents import DOCUMENT_LIMIT, read_object, shown

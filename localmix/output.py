@@ -277,7 +277,7 @@ def check_outputs(
     for folder, size in needed.values():
         free = shutil.disk_usage(folder).free
         if size > free:
-            from localmix.presentation.table import size as readable
+            from localmix.sizes import size as readable
 
             raise CapacityError(
                 f"{folder} has {readable(free)} free, and the output takes {readable(size)}"

@@ -143,7 +143,7 @@ class Examiner:
 
     def beside(self, path: Path) -> Available:
         """What a file leaves of the processor's memory for another model, in the same program."""
-        from localmix.presentation.table import size
+        from localmix.sizes import size
 
         need = self.examine(path).need
         taken = need.total - need.program
@@ -152,7 +152,7 @@ class Examiner:
 
     def after(self, fit: Fit) -> Examiner:
         """One for a further model, beside another program that holds this one."""
-        from localmix.presentation.table import size
+        from localmix.sizes import size
 
         limit = f"{self._room.limit}, without the {size(fit.need.total)} of {fit.path.name}"
         room = Available(max(0, self._room.bytes - fit.need.total), limit)
@@ -229,7 +229,7 @@ class Examiner:
         return self._gpus
 
     def _remedies(self, source: Source, fit: Fit) -> Iterator[str]:
-        from localmix.presentation.table import size
+        from localmix.sizes import size
 
         weights = weigh(source.tensors)
 

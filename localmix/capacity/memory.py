@@ -15,10 +15,8 @@ from pathlib import Path
 import psutil
 
 from localmix.errors import UsageError
+from localmix.sizes import GIB
 from localmix.sources.base import Source
-
-GIB = 2**30
-MIB = 2**20
 
 # positions to run and to measure with where nothing else is asked for
 DEFAULT_CONTEXT = 4096

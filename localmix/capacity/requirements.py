@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from localmix.capacity.memory import MIB, Need, trained_context
+from localmix.capacity.memory import Need, trained_context
 from localmix.capacity.placement import Split, Weights
 from localmix.capacity.simulation import Buffers, Setting
 from localmix.errors import InputError, Interrupted, LocalmixError
 from localmix.native.devices import PROCESSOR, Placement
+from localmix.sizes import MIB
 from localmix.sources.base import Source
 from localmix.tensor_types import TensorType, bits
 

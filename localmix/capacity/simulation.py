@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from localmix.errors import InputError
 from localmix.gguf_format import encode_header, layout
+from localmix.sizes import MIB
 from localmix.sources.base import Source, text, u32
 from localmix.tensor_types import TensorType
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from localmix.native.devices import Placement
     from localmix.worker import Channel
 
-MIB = 2**20
 
 # llama_kv_cache: layer  12: dev = CPU
 _LAYER = re.compile(r"layer +(\d+): dev = ")

@@ -365,7 +365,8 @@ _SETTINGS: Mapping[str, tuple[Callable[[Settings], object], object]] = {
 
 def _table(points: Sequence[SpeedPoint], subjects: Mapping[Path, Subject]) -> Table:
     """A row for each point; what is the same for all stands in the caption."""
-    from localmix.presentation.table import Column, Table, number, size_unit
+    from localmix.presentation.table import Column, Table, number
+    from localmix.sizes import size_unit
 
     unit, unit_name = size_unit(subject.bytes for subject in subjects.values())
     several = len({subject.model for subject in subjects.values()}) > 1

@@ -213,7 +213,8 @@ def _show_types(talk: Talk) -> None:
     """The model's files in the library, what each takes, and whether a machine of the size promised holds it."""
     from localmix.capacity import memory
     from localmix.capacity.fit import fit_table
-    from localmix.presentation.table import Column, Table, size
+    from localmix.presentation.table import Column, Table
+    from localmix.sizes import size
 
     engine = talk.conversation.engine
     context, kv_type = engine.settings.context, engine.settings.kv_type

@@ -291,7 +291,7 @@ class Talk:
         """What the model's process takes, or nothing if there is none."""
         import psutil
 
-        from localmix.presentation.table import size
+        from localmix.sizes import size
 
         pid = self.conversation.engine.pid
         try:

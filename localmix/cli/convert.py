@@ -171,7 +171,7 @@ def _convert_arriving(
 
 
 def _report(console: Console, converted: Converted) -> None:
-    from localmix.presentation.table import size
+    from localmix.sizes import size
 
     for note in converted.notes:
         console.warn(note)

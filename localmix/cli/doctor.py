@@ -30,7 +30,7 @@ def command(build_server: bool, backend: str | None, sdist: Path | None, rebuild
     """
     from localmix.diagnosis import diagnose
     from localmix.errors import InputError, UsageError
-    from localmix.presentation.table import size
+    from localmix.sizes import size
 
     console = Console(json)
     if build_server:

@@ -61,6 +61,7 @@ def command(
     from localmix.cli.model_argument import located
     from localmix.cli.plan import sort_out
     from localmix.presentation.table import Column, Table
+    from localmix.sizes import size_unit
 
     console = Console(json)
     model, names = sort_out(words, set_name)
@@ -92,8 +93,7 @@ def command(
     }
 
     def draw() -> None:
-        largest = max(need.total for row in found.rows for need in row.needs)
-        unit, unit_name = (memory.GIB, "GiB") if largest >= memory.GIB else (memory.MIB, "MiB")
+        unit, unit_name = size_unit(need.total for row in found.rows for need in row.needs)
         columns = [Column("Type", number=False), *(Column(_short(context)) for context in found.contexts)]
         words = {memory.Verdict.RUNS_WELL: "well", memory.Verdict.LOADS: "loads", memory.Verdict.NO: "no"}
         rows = [

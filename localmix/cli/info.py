@@ -33,7 +33,8 @@ def command(model: str | None, all_tensors: bool, template: bool, sha256: bool, 
     from localmix import library
     from localmix.cli.model_argument import located
     from localmix.inspection import FileSummary, inspect
-    from localmix.presentation.table import Column, Table, number, size, size_unit
+    from localmix.presentation.table import Column, Table, number
+    from localmix.sizes import size, size_unit
 
     console = Console(json)
     with located(console, model, library.Purpose.ANY) as at, console.progress() as progress:

@@ -14,7 +14,8 @@ from localmix.cli.parameters import examples, json_option
 def command(json: bool) -> None:
     """List the models of the library, with the size of each file."""
     from localmix import library
-    from localmix.presentation.table import Column, Table, size
+    from localmix.presentation.table import Column, Table
+    from localmix.sizes import size
 
     console = Console(json)
     models = library.models()

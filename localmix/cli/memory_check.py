@@ -270,7 +270,7 @@ def _sentence(fit: Fit) -> str:
     """What is wrong, with numbers."""
     from localmix.capacity.memory import FLOOR_GB, Verdict, is_below_floor
     from localmix.capacity.placement import RESERVE_BYTES
-    from localmix.presentation.table import size
+    from localmix.sizes import size
 
     name, room = fit.path.name, fit.room
     if not fit.split.fits:
@@ -294,7 +294,8 @@ def _sentence(fit: Fit) -> str:
 
 
 def _draw_need(console: Console, fit: Fit) -> None:
-    from localmix.presentation.table import Column, Table, size_unit
+    from localmix.presentation.table import Column, Table
+    from localmix.sizes import size_unit
 
     need = fit.need
     rows = {

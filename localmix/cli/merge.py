@@ -32,7 +32,7 @@ def command(model: str, loras: tuple[str, ...], output: Path, threads: int | Non
     from localmix import library
     from localmix.errors import UsageError
     from localmix.merge import merge
-    from localmix.presentation.table import size
+    from localmix.sizes import size
     from localmix.sources.adapter import parse_lora
 
     console = Console(json)

@@ -48,7 +48,7 @@ def located(console: Console, wanted: str | None, *purposes: library.Purpose) ->
     from localmix.errors import InputError, LocalmixError
 
     if wanted is not None and library.find_repository(wanted):
-        from localmix.presentation.table import size
+        from localmix.sizes import size
         from localmix.sources.remote import find_remote, heads
 
         console.status(f"Reading the heads of the files of {wanted} …")

@@ -82,8 +82,9 @@ def command(
     from localmix.cli.plan_mixture import plan_mixtures
     from localmix.errors import UsageError
     from localmix.plan import Planner
-    from localmix.presentation.table import Column, Table, number, size_unit
+    from localmix.presentation.table import Column, Table, number
     from localmix.presets import load_presets
+    from localmix.sizes import size_unit
     from localmix.sources.adapter import parse_lora
     from localmix.sources.open import open_source
 

@@ -97,7 +97,8 @@ def _document(chosen: Chosen) -> dict[str, Any]:
 
 
 def _draw(console: Console, chosen: Chosen, found: Optimized, markdown: bool) -> None:
-    from localmix.presentation.table import Column, Table, number, size_unit
+    from localmix.presentation.table import Column, Table, number
+    from localmix.sizes import size_unit
 
     console.line(f"{chosen.target.name}: {chosen.plan.file_bytes:,} bytes")
     classes = (Column("Tensors", number=False), Column("Share"), Column("BPW"), Column("Types", number=False))

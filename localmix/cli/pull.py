@@ -35,7 +35,7 @@ def command(repository: str, revision: str | None, include: tuple[str, ...], jso
     """
     from localmix.downloads.pull import pull
     from localmix.errors import Interrupted
-    from localmix.presentation.table import size
+    from localmix.sizes import size
 
     console = Console(json)
     try:

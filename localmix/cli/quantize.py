@@ -157,9 +157,10 @@ def command(
     from localmix.errors import FileError, UsageError
     from localmix.optimization.recipe import write_recipes
     from localmix.output import check_outputs
-    from localmix.presentation.table import Column, Table, number, size, size_unit
+    from localmix.presentation.table import Column, Table, number
     from localmix.presets import load_presets, tensor_type
     from localmix.quantize import parse_override, parse_rule, quantize
+    from localmix.sizes import size, size_unit
     from localmix.sources.adapter import parse_lora
     from localmix.sources.remote import heads
 
@@ -359,7 +360,8 @@ def _fit(
 
 def _tell_mixture(console: Console, summary: OutputSummary) -> None:
     """What a mixture was chosen by, and what it is expected to gain."""
-    from localmix.presentation.table import number, size
+    from localmix.presentation.table import number
+    from localmix.sizes import size
 
     mixture = summary.mixture
     assert mixture is not None

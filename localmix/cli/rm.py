@@ -20,7 +20,7 @@ def command(name: str, yes: bool, json: bool) -> None:
     """
     from localmix import library
     from localmix.errors import Interrupted, UsageError
-    from localmix.presentation.table import size
+    from localmix.sizes import size
 
     console = Console(json)
     removal = library.plan_removal(name)

@@ -3,7 +3,8 @@
 Python runs signal handlers between any two instructions of the main thread. An exception between taking a lock and
 the `with` block that gives it back leaves the lock taken: the next thread that wants it waits for ever, and with it
 whoever joins that thread. The `__enter__` of threading.Condition is such a place (bpo-29988): interrupted at random, a
-busy queue.Queue stayed locked once in twenty times. There the exception waits for a better moment.
+busy queue.Queue stayed locked once in twenty times. There the exception waits for a better moment. (Early Python 3.14
+has such a place in every `with`, gh-148874; what moves between our processes uses queues without such locks.)
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def command(model: str | None, deep: bool, online: bool, repo: str | None, threa
     its files. Every problem is one line; the exit code is then 3.
     """
     from localmix.errors import InputError
-    from localmix.presentation.table import size
+    from localmix.sizes import size
     from localmix.verify import verify
 
     console = Console(json)

@@ -113,7 +113,7 @@ class _Teller:
 
     def __init__(self, json: bool) -> None:
         # here, because Ctrl-C in the middle of an import leaves Python 3.11 with the exit code of a signal
-        from localmix.presentation.table import size
+        from localmix.sizes import size
 
         self._size = size
         self._json = json

@@ -22,7 +22,7 @@ from typing import Any
 from localmix.downloads.hub import Answer, HubFile, Passing, Patience, Repository, Stop, Stopped, open_range
 from localmix.errors import CapacityError, FileError, LocalmixError, NetworkError
 from localmix.output import file_error
-from localmix.presentation.table import size
+from localmix.sizes import size
 
 Progress = Callable[[int, int, str], None]
 

@@ -277,7 +277,7 @@ def _is_of_checkpoint(name: str) -> bool:
 
 
 def _types_there(repository: Repository, ggufs: Sequence[HubFile]) -> str:
-    from localmix.presentation.table import size
+    from localmix.sizes import size
 
     sizes: dict[str, int] = {}
     for file in ggufs:

@@ -31,7 +31,7 @@ from localmix.errors import CapacityError, FileError, InputError, LocalmixError
 from localmix.measurement.corpus import Corpus
 from localmix.measurement.perplexity import BATCH, ENGINE, MICRO_BATCH, Conditions, Part, Tally
 from localmix.output import OutputFile, file_error, write_atomically
-from localmix.presentation.table import size as readable
+from localmix.sizes import size as readable
 from localmix.sources.positional import PositionalFile
 from localmix.worker import Report
 

@@ -11,8 +11,8 @@ from localmix.capacity.simulation import Setting
 from localmix.errors import CapacityError
 from localmix.optimization.target import Target
 from localmix.plan import Planner
-from localmix.presentation.table import size
 from localmix.presets import Preset
+from localmix.sizes import size
 from localmix.sources.base import Source
 
 _LARGEST = "Q8_0"  # indistinguishable from the original: more is not taken even where there is room

@@ -10,7 +10,8 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from localmix.presentation.table import GIB, ContextPoint, QuantizationRow, comparable, size, size_unit
+from localmix.presentation.table import ContextPoint, QuantizationRow, comparable
+from localmix.sizes import GIB, size, size_unit
 
 # the memory of the machine that the 16 GB line stands for
 LIMIT_BYTES = 16 * GIB

@@ -14,7 +14,8 @@ from typing import Any
 import yaml
 
 from localmix.errors import UsageError
-from localmix.presentation.table import GIB, ContextPoint, QuantizationRow
+from localmix.presentation.table import ContextPoint, QuantizationRow
+from localmix.sizes import GIB
 
 DATA = Path(__file__).parent.parent / "data" / "published.yaml"
 

@@ -18,16 +18,8 @@ import localmix
 from localmix.output import write_atomically
 from localmix.presentation.charts import Chart, charts
 from localmix.presentation.svg import COLOURS, draw, shape, text
-from localmix.presentation.table import (
-    QUANTITIES,
-    ContextPoint,
-    Quantity,
-    QuantizationRow,
-    comparable,
-    number,
-    size,
-    size_column,
-)
+from localmix.presentation.table import QUANTITIES, ContextPoint, Quantity, QuantizationRow, comparable, number
+from localmix.sizes import size, size_column
 
 DATA = Path(__file__).parent.parent / "data"
 

@@ -9,11 +9,12 @@ import pytest
 
 from localmix import library
 from localmix.capacity.fit import Examiner, Wish, find_gpus, fit_table
-from localmix.capacity.memory import GIB, MIB, Available, Verdict, machine
+from localmix.capacity.memory import Available, Verdict, machine
 from localmix.capacity.simulation import skeleton
 from localmix.downloads.pull_record import Pulled, write_record
 from localmix.errors import UsageError
 from localmix.native.devices import PROCESSOR, Device, Placement, choose_gpus, has_gpu_backend
+from localmix.sizes import GIB, MIB
 from tests.hub_server import point_to, serve
 from tests.memory_jobs import hollow, write_config
 

@@ -9,8 +9,9 @@ import psutil
 import pytest
 
 from localmix.capacity import memory
-from localmix.capacity.memory import GIB, Available, Need, Verdict
+from localmix.capacity.memory import Available, Need, Verdict
 from localmix.errors import UsageError
+from localmix.sizes import GIB
 
 
 def test_a_machine_sold_with_16_gb() -> None:

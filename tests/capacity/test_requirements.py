@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 from localmix import worker
-from localmix.capacity.memory import GIB, MIB, Need, trained_context
+from localmix.capacity.memory import Need, trained_context
 from localmix.capacity.placement import weigh
 from localmix.capacity.requirements import Requirements, repacked_bytes, vocabulary_bytes
 from localmix.capacity.simulation import Setting, simulate, skeleton
 from localmix.errors import InputError
 from localmix.gguf_format import encode_header
 from localmix.native.devices import PROCESSOR
+from localmix.sizes import GIB, MIB
 from localmix.sources.base import (
     MetaValue,
     ShapeOnlySource,

@@ -14,12 +14,13 @@ import pytest
 
 from localmix.capacity import memory
 from localmix.capacity.fit import Examiner, Wish
-from localmix.capacity.memory import GIB, Available
+from localmix.capacity.memory import Available
 from localmix.capacity.simulation import skeleton
 from localmix.cli.console import Console
 from localmix.cli.memory_check import MemoryCheck, _draw_need, _sentence
 from localmix.errors import CapacityError
 from localmix.native.devices import PROCESSOR, Device
+from localmix.sizes import GIB
 from tests.commands import CommandLine
 from tests.memory_jobs import hollow, write_config
 

@@ -9,8 +9,9 @@ import pytest
 from localmix import worker
 from localmix.capacity.placement import weigh
 from localmix.capacity.requirements import repacked_bytes
-from localmix.capacity.simulation import MIB, Setting
+from localmix.capacity.simulation import Setting
 from localmix.native.repacking import is_repacked
+from localmix.sizes import MIB
 from localmix.tensor_types import TensorType
 from tests.memory_jobs import hollow, peak, sliding_window_model, write_config, zeros
 

@@ -15,7 +15,8 @@ from localmix.measurement.divergence import Divergence
 from localmix.presentation.charts import Chart, axis, charts, context_text, pareto
 from localmix.presentation.labels import chart_labels, place_labels, text_width
 from localmix.presentation.published import find
-from localmix.presentation.table import GIB, MIB, ContextPoint, QuantizationRow
+from localmix.presentation.table import ContextPoint, QuantizationRow
+from localmix.sizes import GIB, MIB
 
 SIZES = [("BF16", 12.2, 1.7991), ("Q8_0", 6.52, 1.7999), ("Q5_0", 4.38, 1.8039), ("Q4_0", 3.71, 1.8184)]
 

@@ -6,8 +6,9 @@ import pytest
 
 from localmix.errors import UsageError
 from localmix.presentation.published import find, load
-from localmix.presentation.table import GIB, quantization_table
+from localmix.presentation.table import quantization_table
 from localmix.presets import load_presets
+from localmix.sizes import GIB
 
 # of Mixtral-8x7B
 PARAMETERS = 46_702_792_704

@@ -18,7 +18,8 @@ from localmix.errors import FileError
 from localmix.measurement.divergence import Divergence
 from localmix.presentation.published import find
 from localmix.presentation.report import Report, page, write_html
-from localmix.presentation.table import MIB, ContextPoint, QuantizationRow
+from localmix.presentation.table import ContextPoint, QuantizationRow
+from localmix.sizes import MIB
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page

@@ -13,7 +13,7 @@ import pytest
 
 from localmix.cli.console import Console
 from localmix.measurement.divergence import Divergence
-from localmix.presentation.table import Bars, Column, QuantizationRow, Table, quantization_table, size, size_unit
+from localmix.presentation.table import Bars, Column, QuantizationRow, Table, quantization_table
 
 GIB = 2**30
 
@@ -238,13 +238,6 @@ def test_markdown_cells_cannot_break_the_table() -> None:
     assert table.markdown().splitlines()[2] == r"| x\|y |   1 |"
 
 
-@pytest.mark.parametrize(
-    ("count", "words"), [(26 * GIB, "26.00 GiB"), (GIB // 4, "0.25 GiB"), (2**23, "8.00 MiB"), (2048, "2.0 KiB")]
-)
-def test_sizes_name_their_unit(count: int, words: str) -> None:
-    assert size(count) == words
-
-
 def test_sizes_without_a_unit_in_common_name_theirs() -> None:
     table = quantization_table([row("Q8_0", 46.2, 4.4, origin="published"), row("Q8_0", 0.004, 1.8)])
     assert table.columns[2].title == "Size"
@@ -253,9 +246,3 @@ def test_sizes_without_a_unit_in_common_name_theirs() -> None:
 
 def test_the_perplexity_of_a_broken_model_does_not_fill_the_screen() -> None:
     assert quantization_table([row("Q1_0", 1, 1.5e300)]).rows[0][3] == "1.500e+300"
-
-
-def test_a_column_has_one_unit() -> None:
-    assert size_unit([GIB, 100]) == (GIB, "GiB")
-    assert size_unit([2**20, 100]) == (2**20, "MiB")
-    assert size_unit([]) == (GIB, "GiB")

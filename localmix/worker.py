@@ -49,8 +49,9 @@ ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",  # numpy's threads would spin on the cores that llama.cpp's threads need
 }
 # The user's own value of these counts. llama.cpp's threads wait for each other hundreds of times per token. libgomp has
-# them spin for milliseconds first, on cores that other programs may want, or that the thread waited for may want; this
-# many rounds, some 60 µs, are as fast alone, and 10 to 30 times as fast beside a busy program.
+# them spin for milliseconds first, on cores that other programs may want, or that the thread waited for may want: on a
+# machine with much to do that is 20 times as slow. This many rounds, some 60 µs, cost a few percent alone at most
+# (docs/chat.md).
 WAITING = {"GOMP_SPINCOUNT": "2000"}
 STOP = sys.maxsize  # a cancel that covers every message to come
 

@@ -77,8 +77,8 @@ def test_a_stopped_run_goes_on(localmix: CommandLine, served: Hub, sent: signal.
     served.bytes_per_second = 0
     served.sent.clear()
     made = localmix("quantize", "Q4_K", NAME, "--json").json
-    # the two that were on the disk, of which one may be fetched to its end
-    assert len(done & begun_shards(served)) <= 1
+    # the last two were sent, but may not have been written when the signal came
+    assert len(done & begun_shards(served)) <= 2
     assert sha256(Path(made["outputs"][0]["path"])) == expected(localmix, tmp_path)
     assert sorted(path.name for path in (localmix.home / "fox").iterdir()) == ["fox-Q4_K_M.gguf"]
 

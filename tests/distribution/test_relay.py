@@ -60,6 +60,12 @@ def read(connection: socket.socket, size: int) -> bytes:
     return data
 
 
+def passed_on(worker: socket.socket, engine: socket.socket, byte: bytes) -> bool:
+    """Whether what the worker says comes to the engine."""
+    worker.sendall(byte)
+    return read(engine, 1) == byte
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 def test_bytes_arrive_as_they_were_in_both_directions(host: str) -> None:
     try:
@@ -135,35 +141,30 @@ def test_a_worker_that_does_not_greet_is_not_waited_for() -> None:
 def test_a_second_connection_that_the_worker_ends_means_nothing() -> None:
     far = Far()
     with relayed(far) as (_, (port,)), near(port) as engine, far.accept() as worker:
-        worker.sendall(b"a")
-        assert read(engine, 1) == b"a"
+        assert passed_on(worker, engine, b"a")
         far.accept().close()
         again = far.accept()
-        worker.sendall(b"b")
-        assert read(engine, 1) == b"b"
+        assert passed_on(worker, engine, b"b")
         again.close()
 
 
 def test_an_older_worker_is_not_asked_for_beats_again() -> None:
     far = Far()
     with relayed(far) as (_, (port,)), near(port) as engine, far.accept() as worker:
-        worker.sendall(b"a")
-        assert read(engine, 1) == b"a"
+        assert passed_on(worker, engine, b"a")
         with far.accept() as watch:
             assert read(watch, 9) == WATCH
         with far.accept() as watch:
             watch.settimeout(0.5)
             with pytest.raises(TimeoutError):
                 watch.recv(1)
-            worker.sendall(b"b")
-            assert read(engine, 1) == b"b"
+            assert passed_on(worker, engine, b"b")
 
 
 def test_a_worker_that_says_it_is_stopped_is_lost() -> None:
     far = Far()
     with relayed(far) as (child, (port,)), near(port) as engine, far.accept() as worker:
-        worker.sendall(b"a")
-        assert read(engine, 1) == b"a"
+        assert passed_on(worker, engine, b"a")
         with far.accept() as watch:
             assert read(watch, 9) == WATCH
             watch.sendall(b"r")
@@ -185,8 +186,7 @@ def test_only_who_knows_of_beats_and_gives_none_is_lost_while_it_computes() -> N
         engines = [stack.enter_context(near(port)) for port in ports]
         workers = [stack.enter_context(far.accept()) for far in kinds]
         for engine, worker in zip(engines, workers, strict=True):
-            worker.sendall(b"a")
-            assert read(engine, 1) == b"a"
+            assert passed_on(worker, engine, b"a")
         beats, unanswered, before = (stack.enter_context(far.accept()) for far in kinds)
         assert [read(watch, 9) for watch in (beats, unanswered, before)] == [WATCH] * 3
         before.sendall(b"r")
@@ -201,8 +201,7 @@ def test_only_who_knows_of_beats_and_gives_none_is_lost_while_it_computes() -> N
         assert lost.endpoint == kinds[2].endpoint
         assert lost.error.message.endswith("was lost: it does not answer any more.")
         for engine, worker in zip(engines[:2], workers[:2], strict=True):
-            worker.sendall(b"b")
-            assert read(engine, 1) == b"b"
+            assert passed_on(worker, engine, b"b")
 
 
 def test_the_relay_ends_with_its_parent() -> None:
